@@ -1,0 +1,182 @@
+"""Walks a model and changes it in place: put masks on, fold them in, list them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from superblock.config import SupermaskConfig, TileSparsity
+from superblock.errors import ModelError
+from superblock.masks import Supermask, Tile, threshold
+from superblock.report import LayerReport, Report
+from superblock.targets import WeightSite, select, weight_sites
+
+_FOLDED = "_superblock_folded"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What is left of a mask after folding: enough to choose a block and to report."""
+
+    target: TileSparsity
+    tile: Tile
+    grid: Tile
+    sparsity: float
+    zeros: int
+
+
+def apply_supermask(model: nn.Module, config: SupermaskConfig) -> Report:
+    """Give every weight that ``config`` means a :class:`Supermask`, in place.
+
+    A weight shared by several layers gets one mask for all of them. Training mode, dtype, device and
+    ``requires_grad`` stay as they are; the scores are new parameters named ``*.parametrizations.<weight>.0.scores``.
+
+    Args:
+        model: any module.
+        config: which weights, how sparse, in which tiles.
+
+    Returns:
+        What was masked, with targets and real sparsities.
+
+    Raises:
+        ModelError: nothing matches, or the model is masked, folded or converted already.
+    """
+    if any(True for _ in masked_weights(model)) or any(True for _ in folds(model)):
+        raise ModelError(f"{type(model).__name__} has Supermasks or folded weights already: start from a dense model")
+    for site in select(model, config):
+        if not parametrize.is_parametrized(site.module, site.parameter):
+            target = config.target(site.kind)
+            assert target is not None  # By `select`.
+            attach(model, site, Supermask(site.weight, target))
+    return supermask_report(model)
+
+
+def attach(model: nn.Module, site: WeightSite, mask: Supermask) -> None:
+    """Register ``mask`` on a weight, and on every other place of the model that shares the tensor."""
+    weight = site.weight
+    mask.to(weight.device)
+    mask.train(site.module.training)
+    sharing = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter is weight
+    ]
+    for module, name in sharing:
+        training = module.training
+        parametrize.register_parametrization(module, name, mask)
+        module.train(training)
+
+
+def sparsify_weights(model: nn.Module) -> Report:
+    """Fold every mask into its weight for good, in place: ``w ← w ⊙ mask``; the scores go.
+
+    Copies of the model (``copy.deepcopy``, an EMA) keep their masks.
+
+    Raises:
+        ModelError: the model has no masks.
+    """
+    found = list(masked_weights(model))
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no masks to fold: call apply_supermask first")
+    report = supermask_report(model)
+    for _, module, name, mask in found:
+        fold = _fold_of(mask)
+        _unshare_class(module)
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        module.__dict__.setdefault(_FOLDED, {})[name] = fold
+    return report
+
+
+def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Supermask]]:
+    """Every masked weight: the layer's name, the layer, the weight's name in it, its mask."""
+    for layer, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for name, chain in module.parametrizations.items():
+                for step in chain:
+                    if isinstance(step, Supermask):
+                        yield layer, module, name, step
+
+
+def folds(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Fold]]:
+    """Every folded weight: the layer's name, the layer, the weight's name in it, what was folded."""
+    for layer, module in model.named_modules():
+        for name, fold in module.__dict__.get(_FOLDED, {}).items():
+            yield layer, module, name, fold
+
+
+def score_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The scores of all masks, each once: an optimizer group of their own."""
+    return list({id(mask.scores): mask.scores for *_, mask in masked_weights(model)}.values())
+
+
+def supermask_report(model: nn.Module) -> Report:
+    """The report of a masked or folded model as it stands; a weight shared by layers counts once."""
+    seen: set[int] = set()
+    layers = []
+    for site in weight_sites(model):
+        fold = _fold_at(site)
+        if fold is None or id(parameter_at(site)) in seen:
+            continue
+        seen.add(id(parameter_at(site)))
+        layers.append(
+            LayerReport(
+                name=site.name,
+                kind=site.kind,
+                shape=tuple(parameter_at(site).shape),
+                tile=fold.tile,
+                grid=fold.grid,
+                target=fold.target.sparsity,
+                sparsity=fold.sparsity,
+                zeros=fold.zeros,
+                parameters=parameter_at(site).numel(),
+                note=_note(fold),
+            )
+        )
+    scores = {id(parameter) for parameter in score_parameters(model)}
+    total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in scores)
+    return Report(tuple(layers), total)
+
+
+def parameter_at(site: WeightSite) -> Tensor:
+    """The parameter behind a weight, masked or not."""
+    if parametrize.is_parametrized(site.module, site.parameter):
+        return site.module.parametrizations[site.parameter].original
+    return site.weight
+
+
+def _fold_at(site: WeightSite) -> Fold | None:
+    if parametrize.is_parametrized(site.module, site.parameter):
+        chain = site.module.parametrizations[site.parameter]
+        return next((_fold_of(step) for step in chain if isinstance(step, Supermask)), None)
+    return site.module.__dict__.get(_FOLDED, {}).get(site.parameter)
+
+
+def _fold_of(mask: Supermask) -> Fold:
+    dead = ~threshold(mask.scores, mask.live, mask.keep_ties).cpu()
+    for dim, (side, step) in enumerate(zip(mask.shape, mask.tile, strict=True)):
+        extents = torch.full((mask.grid[dim],), step).clamp_max(torch.arange(side, 0, -step))
+        dead = dead * extents.view(-1, *(1,) * (len(mask.shape) - dim - 1))
+    zero_tiles = int((dead != 0).sum())
+    return Fold(mask.target, mask.tile, mask.grid, zero_tiles / dead.numel(), int(dead.sum()))
+
+
+def _note(fold: Fold) -> str:
+    tiles = math.prod(fold.grid)
+    if round(fold.target.sparsity * tiles) >= tiles:
+        return f"too small for its target: 1 of {tiles} tile{'s' * (tiles > 1)} must live"
+    if fold.sparsity == 0 and fold.target.sparsity > 0:
+        return f"too small for its target: all {tiles} tile{'s' * (tiles > 1)} live"
+    return ""
+
+
+def _unshare_class(module: nn.Module) -> None:
+    """Give ``module`` a class of its own: ``deepcopy`` shares the class that ``parametrize`` made for the original,
+    and removing a parametrization deletes the weight's property from that class."""
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
