@@ -1,0 +1,190 @@
+"""Swaps the folded layers of a model for their BSR forms, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from superblock.bsr import BSRMatrix
+from superblock.errors import ConfigError, ModelError
+from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight
+from superblock.report import LayerReport, Report
+from superblock.surgery import Fold, folds, masked_weights
+
+ATTENTION_PARTS = {"in_proj_weight": "in_proj", "out_proj.weight": "out_proj"}
+
+
+def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
+    """Swap every folded layer for its BSR form, in place.
+
+    Linear layers become :class:`BSRLinear`, 1×1 convolutions :class:`BSRConv2d`, ``nn.MultiheadAttention``
+    :class:`BSRMultiheadAttention`. What has no BSR form yet keeps its folded dense weight, and the report says why.
+
+    Args:
+        model: a model after :func:`sparsify_weights`.
+        blocksize: the side of a square block; by default each layer's tile. Block and tile must divide one another.
+
+    Returns:
+        A line for every folded weight: its blocks, and a note where it stayed dense.
+
+    Raises:
+        ModelError: nothing is folded, or masks are still to be folded.
+        ConfigError: a block that does not fit the tiles.
+    """
+    if any(True for _ in masked_weights(model)):
+        raise ModelError("the masks are not folded yet: call sparsify_weights before to_bsr")
+    found = list(folds(model))
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no folded weights: call apply_supermask and sparsify_weights first"
+        )
+    for layer, _, name, fold in found:
+        check_block(blocksize, fold.target.tile_size, f"{layer}.{name}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    swaps: dict[int, nn.Module] = {}
+    taken: set[int] = set()
+    lines = []
+    for layer, module in model.named_modules():
+        owned = {} if id(module) in taken else _owned_folds(module)
+        if not owned:
+            continue
+        taken.update(id(part) for part in module.modules())
+        reason = _no_bsr_form(module) if layer else "it is the model itself: wrap it in a module"
+        if reason is None:
+            swaps[id(module)] = _bsr_form(module, owned, blocksize).train(module.training)
+        for name, (weight, fold) in owned.items():
+            lines.append(_line(f"{layer}.{name}", module, weight, fold, swaps.get(id(module)), name, reason))
+    _replace(model, swaps)
+    return Report(tuple(lines), parameters)
+
+
+def check_block(blocksize: int | None, tile_size: int, name: str = "") -> None:
+    """Raise :class:`ConfigError` unless block and tile divide one another."""
+    if blocksize is None:
+        return
+    if blocksize < 1:
+        raise ConfigError(f"block size must be at least 1, got {blocksize}")
+    if blocksize % tile_size and tile_size % blocksize:
+        where = f" of {name}" if name else ""
+        raise ConfigError(f"block {blocksize} and tile {tile_size}{where} must divide one another: take equal ones")
+
+
+def _owned_folds(module: nn.Module) -> dict[str, tuple[Tensor, Fold]]:
+    """The folded weights that this module's BSR form takes over; an attention takes over its out-projection's."""
+    owned = dict(module.__dict__.get("_superblock_folded", {}))
+    if isinstance(module, nn.MultiheadAttention):
+        out = module.out_proj.__dict__.get("_superblock_folded", {})
+        owned |= {f"out_proj.{name}": fold for name, fold in out.items()}
+    return {name: (_get(module, name), fold) for name, fold in owned.items()}
+
+
+def _no_bsr_form(module: nn.Module) -> str | None:
+    """Why a folded layer keeps its dense weight, or ``None``."""
+    kind = type(module)
+    if isinstance(module, nn.MultiheadAttention):
+        if kind.forward is not nn.MultiheadAttention.forward:
+            return f"{kind.__name__} has a forward of its own"
+        if module.in_proj_weight is None:
+            return "its query, key and value projections are of different widths"
+        if module.bias_k is not None or module.add_zero_attn:
+            return "it appends to keys and values (add_bias_kv, add_zero_attn)"
+        return None
+    if isinstance(module, nn.Linear):
+        return None if kind.forward is nn.Linear.forward else f"{kind.__name__} has a forward of its own"
+    if isinstance(module, nn.Conv2d):
+        if kind.forward is not nn.Conv2d.forward:
+            return f"{kind.__name__} has a forward of its own"
+        if module.kernel_size != (1, 1):
+            return "no BSR kernel for convolutions over several positions"
+        if module.groups > 1:
+            return "no BSR kernel for grouped convolutions"
+        return None
+    return f"no BSR form of {kind.__name__}"
+
+
+def _bsr_form(module: nn.Module, owned: dict[str, tuple[Tensor, Fold]], blocksize: int | None) -> nn.Module:
+    def matrix(name: str) -> BSRMatrix:
+        weight, fold = owned[name]
+        return BSRMatrix.from_dense(weight.flatten(1), blocksize or fold.target.tile_size)
+
+    if isinstance(module, nn.MultiheadAttention):
+        parts: dict[str, nn.Module] = {}
+        for name, bias in (("in_proj_weight", module.in_proj_bias), ("out_proj.weight", module.out_proj.bias)):
+            weight = _get(module, name)
+            sparse = name in owned
+            parts[ATTENTION_PARTS[name]] = (
+                _as_trainable(BSRLinear(matrix(name), bias), weight) if sparse else dense_linear(weight, bias)
+            )
+        return BSRMultiheadAttention(
+            parts["in_proj"], parts["out_proj"], module.num_heads, module.dropout, module.batch_first
+        )
+    if isinstance(module, nn.Conv2d):
+        padding = (0, 0) if isinstance(module.padding, str) else module.padding
+        conv = BSRConv2d(matrix("weight"), module.bias, module.stride, padding, module.padding_mode)  # type: ignore[arg-type]
+        return _as_trainable(conv, module.weight)
+    assert isinstance(module, nn.Linear)  # By `_no_bsr_form`.
+    return _as_trainable(BSRLinear(matrix("weight"), module.bias), module.weight)
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer over the given tensors, without allocating others."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+    return layer
+
+
+def _as_trainable(layer: BSRWeight, weight: Tensor) -> BSRWeight:
+    """``layer`` with its values as trainable as the dense weight was."""
+    layer.values.requires_grad_(weight.requires_grad)
+    return layer
+
+
+def _line(
+    name: str, module: nn.Module, weight: Tensor, fold: Fold, form: nn.Module | None, part: str, reason: str | None
+) -> LayerReport:
+    kind = "linear" if weight.dim() == 2 else "conv1x1" if weight.shape[2:].numel() == 1 else "conv"
+    name = name.removesuffix(".weight")
+    common = {"name": name, "kind": kind, "shape": tuple(weight.shape), "target": fold.target.sparsity}
+    if form is None:
+        return LayerReport(
+            **common,  # type: ignore[arg-type]
+            tile=fold.tile,
+            grid=fold.grid,
+            sparsity=fold.sparsity,
+            zeros=fold.zeros,
+            parameters=weight.numel(),
+            note=f"stays dense: {reason}",
+        )
+    held = form.get_submodule(ATTENTION_PARTS[part]) if isinstance(form, BSRMultiheadAttention) else form
+    assert isinstance(held, BSRWeight)  # By `_bsr_form`.
+    matrix = held.matrix
+    return LayerReport(
+        **common,  # type: ignore[arg-type]
+        tile=matrix.blocksize,
+        grid=matrix.grid,
+        sparsity=1 - matrix.density,
+        zeros=weight.numel() - stored_weights(matrix),
+        parameters=weight.numel(),
+    )
+
+
+def stored_weights(matrix: BSRMatrix) -> int:
+    """How many weights inside the matrix's edges its blocks hold."""
+    ones = BSRMatrix(
+        matrix.crow_indices, matrix.col_indices, torch.ones_like(matrix.values, dtype=torch.float32), matrix.shape
+    )
+    return int(ones.to_dense().sum(dtype=torch.float64))
+
+
+def _get(module: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner) if owner else module, name)
+
+
+def _replace(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in swaps:
+                parent._modules[name] = swaps[id(child)]

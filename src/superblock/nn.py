@@ -1,0 +1,216 @@
+"""Layers whose weight is stored as BSR: they hold tensors and call one op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from superblock.bsr import BSRMatrix
+from superblock.errors import ModelError
+from superblock.ops.library import product
+
+
+class BSRWeight(nn.Module):
+    """The tensors of a block-sparse weight and its bias: the state shared by every BSR layer.
+
+    ``values [nnz, bh, bw]`` and ``bias [out]`` are parameters, ``crow_indices`` and ``col_indices`` buffers.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+
+    def __init__(self, weight: BSRMatrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        trainable = weight.values.is_floating_point()
+        self.values = nn.Parameter(weight.values.detach(), requires_grad=trainable)
+        self.register_buffer("crow_indices", weight.crow_indices)
+        self.register_buffer("col_indices", weight.col_indices)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+
+    @property
+    def matrix(self) -> BSRMatrix:
+        """The weight as a :class:`BSRMatrix` over the layer's own tensors."""
+        return BSRMatrix(self.crow_indices, self.col_indices, self.values, (self.out_features, self.in_features))
+
+    def project(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        """``act(x Wᵀ + b) + residual``."""
+        return product(
+            x,
+            self.values,
+            self.crow_indices,
+            self.col_indices,
+            self.bias,
+            (self.out_features, self.in_features),
+            activation,
+            residual,
+        )
+
+    def extra_repr(self) -> str:
+        bh, bw = self.values.shape[1:]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocksize=({bh}, {bw}), nnz={self.values.shape[0]}"
+        )
+
+
+class _WeightRead:
+    """What a BSR layer answers when a parent reads ``layer.weight``: good for ``F.linear`` alone.
+
+    Some models (torchvision's Swin) hand a layer's weight to ``F.linear`` instead of calling the layer.
+    """
+
+    def __init__(self, layer: BSRWeight) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer.values, name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is F.linear:
+            return _linear_through(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", str(function))
+        raise ModelError(f"a block-sparse weight can only be read by F.linear, not by {name}: exclude its layer")
+
+
+def _linear_through(input: Tensor, weight: _WeightRead, bias: Tensor | None = None) -> Tensor:
+    layer = weight._layer
+    shape = (layer.out_features, layer.in_features)
+    return product(input, layer.values, layer.crow_indices, layer.col_indices, bias, shape)
+
+
+class BSRLinear(BSRWeight):
+    """A linear layer over a block-sparse weight: ``y = x Wᵀ + b``, ``x [..., in]`` → ``[..., out]``."""
+
+    @property
+    def weight(self) -> Any:
+        """Read by parents that pass a layer's weight to ``F.linear`` themselves."""
+        return _WeightRead(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x)
+
+
+class BSRConv2d(BSRWeight):
+    """A 1×1 convolution over a block-sparse weight: ``x [n, in, h, w]`` → ``[n, out, h', w']``.
+
+    The product runs over channels in channels-last order, which is also the memory format of the result.
+    """
+
+    def __init__(
+        self,
+        weight: BSRMatrix,
+        bias: Tensor | None = None,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__(weight, bias)
+        self.stride = stride
+        self.padding = padding
+        self.padding_mode = padding_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        if any(self.padding):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]), mode=mode)
+        x = x[..., :: self.stride[0], :: self.stride[1]]
+        return self.project(x.movedim(-3, -1)).movedim(-1, -3)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}"
+
+
+class BSRMultiheadAttention(nn.Module):
+    """:class:`torch.nn.MultiheadAttention` over block-sparse projections and ``scaled_dot_product_attention``.
+
+    Takes and returns what the original does: ``query [n, l, e]`` (``[l, n, e]`` unless ``batch_first``, ``[l, e]``
+    without a batch) → ``(output, attention weights or None)``. Either projection may also be a dense ``nn.Linear``.
+    """
+
+    # nn.TransformerEncoderLayer reads this: False keeps it from its fused kernel, which takes dense weights only.
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self, in_proj: nn.Module, out_proj: nn.Module, num_heads: int, dropout: float = 0.0, batch_first: bool = False
+    ) -> None:
+        super().__init__()
+        self.in_proj = in_proj
+        self.out_proj = out_proj
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.batch_first = batch_first
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """Read by ``nn.TransformerEncoderLayer``."""
+        return self.in_proj.get_parameter("bias") if self.in_proj.bias is not None else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        batched = query.dim() == 3
+        q, k, v = (self._batch_first(part, batched) for part in self._project(query, key, value))
+        mask = self._mask(attn_mask, key_padding_mask, q.dtype, batched, len(q))
+        dropout = self.dropout if self.training else 0.0
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        weights = None
+        if need_weights:
+            scores = q @ k.mT * q.shape[-1] ** -0.5
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            heads = F.dropout(weights, dropout) @ v
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out = self.out_proj(heads.transpose(1, 2).flatten(2))
+        if weights is not None:
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        if not batched:
+            return out.squeeze(0), weights
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One product for all that is projected from the same tensor."""
+        packed = {id(x): x for x in (query, key, value)}
+        thirds = {identity: self.in_proj(x).chunk(3, -1) for identity, x in packed.items()}
+        return thirds[id(query)][0], thirds[id(key)][1], thirds[id(value)][2]
+
+    def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
+        if not batched:
+            return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _mask(
+        self, attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype, batched: bool, batch: int
+    ) -> Tensor | None:
+        """Both masks as one additive ``[n or 1, heads or 1, l, s]``, or ``None``."""
+        masks = []
+        if attn_mask is not None:
+            masks.append(attn_mask.unflatten(0, (batch, self.num_heads)) if attn_mask.dim() == 3 else attn_mask)
+        if padding is not None:
+            masks.append((padding if batched else padding.unsqueeze(0))[:, None, None, :])
+        additive = [
+            torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
+            if mask.dtype == torch.bool
+            else mask.to(dtype)
+            for mask in masks
+        ]
+        return sum(additive[1:], additive[0]) if additive else None
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, batch_first={self.batch_first}"

@@ -1,0 +1,275 @@
+"""``torch.ops.superblock``: schemas, shapes and gradients of the block-sparse products.
+
+Three products close under differentiation: the gradients of each are the other two.
+
+===================  ==========================  =================================
+op                   result                      gradients
+===================  ==========================  =================================
+``bsr_linear``       ``act(x Wᵀ + b) + r``       ``bsr_grad_input``, ``bsr_grad_values``
+``bsr_grad_input``   ``dy W``                    ``bsr_linear``, ``bsr_grad_values``
+``bsr_grad_values``  ``dyᵀ x`` where ``W`` lives  ``bsr_linear``, ``bsr_grad_input``
+===================  ==========================  =================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superblock.bsr import BSRMatrix
+from superblock.errors import ConfigError, MatrixError
+from superblock.ops.backends import select
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+_lib = torch.library.Library("superblock", "DEF")
+_WEIGHT = "Tensor values, Tensor crow_indices, Tensor col_indices"
+_SHAPE = "int out_features, int in_features"
+_lib.define(f"bsr_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? residual, {_SHAPE}, str activation) -> Tensor")
+_lib.define(
+    f"bsr_linear_with_preactivation(Tensor x, {_WEIGHT}, Tensor? bias, {_SHAPE}, str activation) -> (Tensor, Tensor)"
+)
+_lib.define(f"bsr_grad_input(Tensor grad, {_WEIGHT}, {_SHAPE}) -> Tensor")
+_lib.define(
+    "bsr_grad_values(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, "
+    f"{_SHAPE}, int block_height, int block_width) -> Tensor"
+)
+_ops = torch.ops.superblock
+
+
+def bsr_linear(
+    x: Tensor,
+    weight: BSRMatrix,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The product of activations and a block-sparse weight: ``y = act(x Wᵀ + b) + residual``.
+
+    Args:
+        x: ``[..., in]``, of the weight's dtype, or any under autocast.
+        weight: ``[out, in]``.
+        bias: ``[out]``.
+        activation: ``relu``, ``gelu`` (exact), ``gelu_tanh``, ``silu`` or ``None``.
+        residual: ``[..., out]``, added last.
+
+    Returns:
+        ``[..., out]``.
+
+    Raises:
+        MatrixError: shapes, dtypes or devices do not fit.
+        ConfigError: an unknown activation.
+    """
+    return product(
+        x, weight.values, weight.crow_indices, weight.col_indices, bias, weight.shape, activation or "none", residual
+    )
+
+
+def product(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """:func:`bsr_linear` on a matrix's own tensors, whose layout the caller has validated."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, values = x.to(dtype), values.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    _check(x, values, bias, residual, shape, activation)
+    if (
+        activation != "none"
+        and torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in (x, values, bias))
+    ):
+        y = _ops.bsr_linear_with_preactivation(x, values, crow_indices, col_indices, bias, *shape, activation)[0]
+        return y if residual is None else y + residual
+    return _ops.bsr_linear(x, values, crow_indices, col_indices, bias, residual, *shape, activation)
+
+
+def _check(
+    x: Tensor, values: Tensor, bias: Tensor | None, residual: Tensor | None, shape: tuple[int, int], activation: str
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        raise MatrixError(f"x must be [..., {shape[1]}] for a weight of shape {tuple(shape)}, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise MatrixError(f"x must be of a floating dtype, got {x.dtype}")
+    if bias is not None and bias.shape != (shape[0],):
+        raise MatrixError(f"bias must be [{shape[0]}] for a weight of shape {tuple(shape)}, got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != (*x.shape[:-1], shape[0]):
+        raise MatrixError(
+            f"residual must be {(*x.shape[:-1], shape[0])}, the shape of the product, got {tuple(residual.shape)}"
+        )
+    for name, tensor in (("values", values), ("bias", bias), ("residual", residual)):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise MatrixError(
+                f"{name} must have the dtype and device of x, {x.dtype} on {x.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    in_features: int,
+    activation: str,
+) -> Tensor:
+    backend = select(x.device.type, x.dtype, values.shape[1], values.shape[2])
+    return backend.linear(x, values, crow, col, bias, residual, out_features, in_features, activation)
+
+
+def _linear_with_preactivation(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    backend = select(x.device.type, x.dtype, values.shape[1], values.shape[2])
+    both: tuple[Tensor, Tensor] = backend.linear_with_preactivation(
+        x, values, crow, col, bias, out_features, in_features, activation
+    )
+    return both
+
+
+def _grad_input(grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, out_features: int, in_features: int) -> Tensor:
+    backend = select(grad.device.type, grad.dtype, values.shape[1], values.shape[2])
+    return backend.grad_input(grad, values, crow, col, out_features, in_features)
+
+
+def _grad_values(
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, out_features: int, in_features: int, height: int, width: int
+) -> Tensor:
+    backend = select(grad.device.type, grad.dtype, height, width)
+    return backend.grad_values(grad, x, crow, col, out_features, in_features, height, width)
+
+
+def _linear_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rest[-3])
+
+
+def _linear_with_preactivation_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _linear_fake(x, *rest), _linear_fake(x, *rest)
+
+
+def _grad_input_fake(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], rest[-1])
+
+
+def _grad_values_fake(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty(col.shape[0], *rest[-2:])
+
+
+def _activation_gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
+    aten = torch.ops.aten
+    if activation == "none":
+        return grad
+    if activation == "relu":
+        return grad * (z > 0)
+    if activation == "silu":
+        dz: Tensor = aten.silu_backward(grad, z)
+    else:
+        dz = aten.gelu_backward(grad, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return dz
+
+
+def _product_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of ``z = x Wᵀ + b`` to ``x``, ``values`` and ``b``, each only where it is asked for."""
+    x, values, crow, col = ctx.saved_tensors[:4]
+    need_x, need_values, _, _, need_bias = ctx.needs_input_grad[:5]
+    dx = _ops.bsr_grad_input(dz, values, crow, col, *ctx.shape) if need_x else None
+    dvalues = _ops.bsr_grad_values(dz, x, crow, col, *ctx.shape, *values.shape[1:]) if need_values else None
+    return dx, dvalues, dz.reshape(-1, ctx.shape[0]).sum(0) if need_bias else None
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, crow, col, bias, _, out_features, in_features, ctx.activation = inputs
+    ctx.shape = (out_features, in_features)
+    ctx.save_for_backward(x, values, crow, col, bias)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dz = grad
+    if ctx.activation != "none":  # Only by calling the op itself: `product` keeps z instead of computing it again.
+        z = _ops.bsr_linear(*ctx.saved_tensors, None, *ctx.shape, "none")
+        dz = _activation_gradient(grad, z, ctx.activation)
+    dx, dvalues, dbias = _product_gradients(ctx, dz)
+    return dx, dvalues, None, None, dbias, grad if ctx.needs_input_grad[5] else None, None, None, None
+
+
+def _preactivation_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, values, crow, col, _, out_features, in_features, ctx.activation = inputs
+    ctx.shape = (out_features, in_features)
+    ctx.save_for_backward(x, values, crow, col, output[1])
+
+
+def _preactivation_backward(ctx: Any, grad: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+    dz = _activation_gradient(grad, ctx.saved_tensors[4], ctx.activation) + grad_z
+    dx, dvalues, dbias = _product_gradients(ctx, dz)
+    return dx, dvalues, None, None, dbias, None, None, None
+
+
+def _grad_input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, values, crow, col, *shape = inputs
+    ctx.shape = tuple(shape)
+    ctx.save_for_backward(grad, values, crow, col)
+
+
+def _grad_input_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    grad, values, crow, col = ctx.saved_tensors
+    dgrad = _ops.bsr_linear(upstream, values, crow, col, None, None, *ctx.shape, "none")
+    dvalues = _ops.bsr_grad_values(grad, upstream, crow, col, *ctx.shape, *values.shape[1:])
+    return dgrad, dvalues, None, None, None, None
+
+
+def _grad_values_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, crow, col, out_features, in_features, *_ = inputs
+    ctx.shape = (out_features, in_features)
+    ctx.save_for_backward(grad, x, crow, col)
+
+
+def _grad_values_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x, crow, col = ctx.saved_tensors
+    dgrad = _ops.bsr_linear(x, upstream, crow, col, None, None, *ctx.shape, "none")
+    dx = _ops.bsr_grad_input(grad, upstream, crow, col, *ctx.shape)
+    return dgrad, dx, None, None, None, None, None, None
+
+
+def _register() -> None:
+    rows = (
+        ("bsr_linear", _linear, _linear_fake, _linear_context, _linear_backward),
+        (
+            "bsr_linear_with_preactivation",
+            _linear_with_preactivation,
+            _linear_with_preactivation_fake,
+            _preactivation_context,
+            _preactivation_backward,
+        ),
+        ("bsr_grad_input", _grad_input, _grad_input_fake, _grad_input_context, _grad_input_backward),
+        ("bsr_grad_values", _grad_values, _grad_values_fake, _grad_values_context, _grad_values_backward),
+    )
+    for name, compute, fake, context, backward in rows:
+        _lib.impl(name, compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"superblock::{name}", fake, lib=_lib)
+        torch.library.register_autograd(f"superblock::{name}", backward, setup_context=context, lib=_lib)
+
+
+_register()
