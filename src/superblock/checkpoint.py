@@ -1,0 +1,189 @@
+"""Deployable models: safetensors that hold BSR tensors and a JSON description of the layers they belong to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from superblock.bsr import BSRMatrix
+from superblock.convert import dense_linear
+from superblock.errors import CheckpointError, MatrixError, ModelError
+from superblock.files import write_atomically
+from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight
+from superblock.surgery import masked_weights
+
+FORMAT = "superblock"
+VERSION = 1
+
+
+def save(model: nn.Module, path: str | Path, **description: Any) -> None:
+    """Write a folded or converted model as safetensors, atomically.
+
+    Args:
+        model: without masks; BSR layers are stored as values and indices, all else as it is.
+        path: the file, ``*.safetensors``.
+        **description: JSON values stored beside the tensors and returned by :func:`describe`. With ``architecture``
+            (a name that :func:`superblock.models.build` takes) and ``num_classes``, :func:`load` needs no model.
+
+    Raises:
+        ModelError: the model still has masks.
+        CheckpointError: the file cannot be written.
+    """
+    if any(True for _ in masked_weights(model)):
+        raise ModelError("the masks are not folded yet: call sparsify_weights before save")
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    kept: dict[int, str] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in kept:
+            aliases[key] = kept[id(tensor)]
+        else:
+            kept[id(tensor)] = key
+            tensors[key] = tensor.detach().contiguous()
+    layers = {name: _describe(module) for name, module in model.named_modules() if _describe(module)}
+    content = {"format": FORMAT, "version": VERSION, **description, "layers": layers, "aliases": aliases}
+    metadata = {"format": "pt", FORMAT: json.dumps(content)}
+    write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata))
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read a model that :func:`save` wrote.
+
+    Args:
+        path: the file.
+        model: the same architecture, dense: it is changed in place. Not needed where the file names its architecture.
+
+    Returns:
+        ``model``, or the one that the file describes, on the CPU for the latter.
+
+    Raises:
+        CheckpointError: the file is truncated, of another format, or of another model.
+    """
+    content = describe(path)
+    if model is None:
+        model = _build(path, content)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+    tensors |= {alias: tensors[key] for alias, key in content["aliases"].items()}
+    for name, layer in content["layers"].items():
+        _install(model, name, layer, tensors, path)
+    load_matching(model, tensors, str(path))
+    return model
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """The JSON description in a file that :func:`save` wrote."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"no model at {path}: give the path of a .safetensors file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+    try:
+        content: dict[str, Any] = json.loads(metadata[FORMAT])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} was not written by SuperBlock: expected a {FORMAT!r} description") from error
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path} has format version {content.get('version')}, expected {VERSION}: upgrade")
+    return content
+
+
+def load_matching(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """``load_state_dict``, with one line naming the keys where ``state`` is another model's.
+
+    Raises:
+        CheckpointError: keys are missing or unknown, or shapes differ; the model is as it was.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"{source} is of another model than {type(model).__name__}: keys {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def _build(path: str | Path, content: dict[str, Any]) -> nn.Module:
+    if not content.get("architecture"):
+        raise CheckpointError(f"{path} names no architecture: pass the dense model as the second argument of load")
+    from superblock import models
+
+    return models.build(content["architecture"], num_classes=content.get("num_classes"))
+
+
+def _describe(module: nn.Module) -> dict[str, Any] | None:
+    options: tuple[str, ...]
+    if isinstance(module, BSRMultiheadAttention):
+        options = ("num_heads", "dropout", "batch_first")
+    elif isinstance(module, BSRConv2d):
+        options = ("out_features", "in_features", "stride", "padding", "padding_mode")
+    elif isinstance(module, BSRLinear):
+        options = ("out_features", "in_features")
+    else:
+        return None
+    return {"type": type(module).__name__, **{name: getattr(module, name) for name in options}}
+
+
+def _install(model: nn.Module, name: str, layer: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Put the described BSR layer, over the file's tensors, in the place of the dense one."""
+    parent_name, _, child = name.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_name)
+        old = parent.get_submodule(child)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{path} is of another model than {type(model).__name__}: it describes {name}, which the model lacks"
+        ) from error
+    if isinstance(old, (BSRWeight, BSRMultiheadAttention)):
+        raise CheckpointError(f"{name} is block-sparse already: load into a dense {type(model).__name__}")
+    try:
+        new = _layer(name, dict(layer), tensors)
+    except (KeyError, TypeError, MatrixError) as error:
+        raise CheckpointError(f"{path} is damaged: {name} cannot be rebuilt: {error}") from error
+    device = next((tensor.device for tensor in old.parameters()), None)
+    parent._modules[child] = new.to(device).train(old.training)
+
+
+def _layer(name: str, layer: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    kind = layer.pop("type")
+    if kind == "BSRMultiheadAttention":
+        in_proj, out_proj = (_projection(f"{name}.{part}", tensors) for part in ("in_proj", "out_proj"))
+        return BSRMultiheadAttention(in_proj, out_proj, **layer)
+    bias = tensors.get(f"{name}.bias")
+    if kind == "BSRLinear":
+        return BSRLinear(_matrix(name, (layer["out_features"], layer["in_features"]), tensors), bias)
+    if kind == "BSRConv2d":
+        matrix = _matrix(name, (layer.pop("out_features"), layer.pop("in_features")), tensors)
+        mode = layer["padding_mode"]
+        return BSRConv2d(matrix, bias, tuple(layer["stride"]), tuple(layer["padding"]), mode)
+    raise KeyError(f"unknown layer type {kind}")
+
+
+def _projection(name: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """A dense placeholder; a block-sparse projection has a description of its own and replaces it."""
+    weight = tensors.get(f"{name}.weight")
+    if weight is None:
+        weight = tensors[f"{name}.values"].new_empty(1, 1)
+    return dense_linear(weight, tensors.get(f"{name}.bias"))
+
+
+def _matrix(name: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> BSRMatrix:
+    return BSRMatrix(tensors[f"{name}.crow_indices"], tensors[f"{name}.col_indices"], tensors[f"{name}.values"], shape)
