@@ -66,5 +66,7 @@ class SupermaskConfig:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> SupermaskConfig:
         """The inverse of :meth:`to_dict`."""
-        kinds = ("linear", "conv1x1", "conv")
-        return cls(**{key: TileSparsity(**value) if key in kinds and value else value for key, value in plain.items()})
+        targets: dict[str, Any] = {
+            kind: TileSparsity(**plain[kind]) for kind in ("linear", "conv1x1", "conv") if plain.get(kind)
+        }
+        return cls(**{**plain, **targets})

@@ -9,7 +9,7 @@ from superblock.bsr import BSRMatrix
 from superblock.errors import ConfigError, ModelError
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight
 from superblock.report import LayerReport, Report
-from superblock.surgery import Fold, folds, masked_weights
+from superblock.surgery import Fold, folds, folds_of, masked_weights
 
 ATTENTION_PARTS = {"in_proj_weight": "in_proj", "out_proj.weight": "out_proj"}
 
@@ -71,10 +71,9 @@ def check_block(blocksize: int | None, tile_size: int, name: str = "") -> None:
 
 def _owned_folds(module: nn.Module) -> dict[str, tuple[Tensor, Fold]]:
     """The folded weights that this module's BSR form takes over; an attention takes over its out-projection's."""
-    owned = dict(module.__dict__.get("_superblock_folded", {}))
+    owned = folds_of(module)
     if isinstance(module, nn.MultiheadAttention):
-        out = module.out_proj.__dict__.get("_superblock_folded", {})
-        owned |= {f"out_proj.{name}": fold for name, fold in out.items()}
+        owned |= {f"out_proj.{name}": fold for name, fold in folds_of(module.out_proj).items()}
     return {name: (_get(module, name), fold) for name, fold in owned.items()}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from superblock.config import SupermaskConfig, TileSparsity
@@ -49,17 +50,20 @@ def apply_supermask(model: nn.Module, config: SupermaskConfig) -> Report:
     if any(True for _ in masked_weights(model)) or any(True for _ in folds(model)):
         raise ModelError(f"{type(model).__name__} has Supermasks or folded weights already: start from a dense model")
     for site in select(model, config):
-        if not parametrize.is_parametrized(site.module, site.parameter):
+        if _mask_at(site) is None:  # A weight shared with an earlier layer has its mask already.
             target = config.target(site.kind)
             assert target is not None  # By `select`.
-            attach(model, site, Supermask(site.weight, target))
+            attach(model, site, Supermask(_initialized(site), target))
     return supermask_report(model)
 
 
 def attach(model: nn.Module, site: WeightSite, mask: Supermask) -> None:
-    """Register ``mask`` on a weight, and on every other place of the model that shares the tensor."""
+    """Register ``mask`` on a weight, and on every other place of the model that shares the tensor.
+
+    Raises:
+        ModelError: the weight is no parameter, as under the old ``torch.nn.utils.weight_norm``.
+    """
     weight = site.weight
-    mask.to(weight.device)
     mask.train(site.module.training)
     sharing = [
         (module, name)
@@ -67,6 +71,10 @@ def attach(model: nn.Module, site: WeightSite, mask: Supermask) -> None:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         if parameter is weight
     ]
+    if parametrize.is_parametrized(site.module, site.parameter):
+        sharing = [(site.module, site.parameter)]
+    if not sharing:
+        raise ModelError(f"{site.name} is computed by a hook, not a parameter: use torch.nn.utils.parametrizations")
     for module, name in sharing:
         training = module.training
         parametrize.register_parametrization(module, name, mask)
@@ -106,8 +114,13 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Supe
 def folds(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Fold]]:
     """Every folded weight: the layer's name, the layer, the weight's name in it, what was folded."""
     for layer, module in model.named_modules():
-        for name, fold in module.__dict__.get(_FOLDED, {}).items():
+        for name, fold in folds_of(module).items():
             yield layer, module, name, fold
+
+
+def folds_of(module: nn.Module) -> dict[str, Fold]:
+    """The folded weights of one layer, by the weight's name in it."""
+    return dict(module.__dict__.get(_FOLDED, {}))
 
 
 def score_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -145,16 +158,32 @@ def supermask_report(model: nn.Module) -> Report:
 
 def parameter_at(site: WeightSite) -> Tensor:
     """The parameter behind a weight, masked or not."""
-    if parametrize.is_parametrized(site.module, site.parameter):
-        return site.module.parametrizations[site.parameter].original
+    chain = _chain(site)
+    return site.weight if chain is None else chain.get_parameter("original")
+
+
+def _chain(site: WeightSite) -> nn.Module | None:
+    """What parametrizes a weight, in order of application."""
+    if not parametrize.is_parametrized(site.module, site.parameter):
+        return None
+    return site.module.get_submodule(f"parametrizations.{site.parameter}")
+
+
+def _initialized(site: WeightSite) -> Tensor:
+    if is_lazy(site.weight):
+        raise ModelError(f"{site.name} has no shape yet: run one batch through the model before masking it")
     return site.weight
 
 
+def _mask_at(site: WeightSite) -> Supermask | None:
+    chain = _chain(site)
+    steps = () if chain is None else chain.children()
+    return next((step for step in steps if isinstance(step, Supermask)), None)
+
+
 def _fold_at(site: WeightSite) -> Fold | None:
-    if parametrize.is_parametrized(site.module, site.parameter):
-        chain = site.module.parametrizations[site.parameter]
-        return next((_fold_of(step) for step in chain if isinstance(step, Supermask)), None)
-    return site.module.__dict__.get(_FOLDED, {}).get(site.parameter)
+    mask = _mask_at(site)
+    return folds_of(site.module).get(site.parameter) if mask is None else _fold_of(mask)
 
 
 def _fold_of(mask: Supermask) -> Fold:
