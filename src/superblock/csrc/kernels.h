@@ -1,0 +1,61 @@
+/* What one instruction set provides to the drivers. */
+#ifndef SUPERBLOCK_KERNELS_H
+#define SUPERBLOCK_KERNELS_H
+
+#include "superblock.h"
+
+/* Packed activations are chunks of 8 features: [features / 8][group of tokens][8], so that a group's tile of any
+ * block is one contiguous run, whatever the stride of x (a power of two would thrash the cache's sets). */
+enum { SB_CHUNK = 8, SB_MAX_GROUP = 28, SB_MAX_PANEL = 64 };
+
+/* acc[m][n] = sum over blocks of x[m][k] * w[k][n], for one group of tokens and one panel of outputs. */
+typedef struct {
+    const void *x, *w;
+    const int32_t *cols, *ids; /* ids NULL: blocks lie in order from w */
+    int64_t blocks, chunks;    /* chunks a block */
+    int64_t block_stride, row_stride;
+    float *acc; /* [group][panel] */
+} sb_tile;
+
+/* y = act(acc + bias) + residual for a tile; or, with `packed`, into the packed activations of a next product. */
+typedef struct {
+    const float *acc;
+    const void *bias, *residual;
+    void *y, *preactivation, *packed;
+    int64_t rows, panel, columns; /* columns: what the matrix has of the panel */
+    int64_t packed_columns;       /* of the panel, what the next product reads */
+    int64_t group, acc_stride, y_stride, residual_stride;
+    int32_t dtype, activation;
+} sb_epilogue;
+
+/* out[i][j] += sum over tokens of a[t][i] * b[t][j], for 8 rows i. */
+typedef struct {
+    const float *a, *b;
+    float *out;
+    int64_t tokens, a_stride, b_stride, out_stride, columns;
+} sb_outer;
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    int32_t lanes;                 /* floats a vector */
+    int32_t groups[5];             /* the most tokens a group by vectors a panel; 0: no such tile */
+    int32_t packed_size[SB_DTYPES]; /* bytes of a packed activation */
+    void (*tile)(int dtype, int64_t panel, int64_t group, const sb_tile *tile);
+    void (*epilogue)(const sb_epilogue *epilogue);
+    void (*pack)(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, void *packed);
+    void (*widen)(int dtype, const void *source, int64_t count, float *target);
+    void (*narrow)(int dtype, const float *source, int64_t count, void *target);
+    /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */
+    void (*transpose)(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out);
+    void (*outer)(const sb_outer *outer);
+} sb_kernels;
+
+extern const sb_kernels sb_portable;
+#if defined(__x86_64__)
+extern const sb_kernels sb_avx2, sb_avx512, sb_avx512bf16;
+#endif
+
+const sb_kernels *sb_current(void);
+
+#endif

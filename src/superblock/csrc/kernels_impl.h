@@ -1,0 +1,167 @@
+/* What an instruction set provides besides its tiles: conversion, packing, the epilogue and outer products. */
+
+SB_INLINE int64_t size_of(int dtype) { return dtype == SB_FLOAT32 ? 4 : 2; }
+
+/* `count` elements as floats; lanes past the end are zero. */
+SB_INLINE vec load_part(int dtype, const void *base, int64_t index, int64_t count) {
+    if (count >= SB_LANES) return load_as(dtype, base, index);
+    float part[SB_LANES] = {0};
+    memcpy(part, (const char *)base + index * size_of(dtype), (size_t)(count * size_of(dtype)));
+    return load_as(dtype, part, 0);
+}
+
+SB_INLINE void store_part(int dtype, void *base, int64_t index, int64_t count, vec v) {
+    if (count >= SB_LANES) {
+        store_as(dtype, base, index, v);
+        return;
+    }
+    float part[SB_LANES];
+    store_as(dtype, part, 0, v);
+    memcpy((char *)base + index * size_of(dtype), part, (size_t)(count * size_of(dtype)));
+}
+
+static void widen(int dtype, const void *source, int64_t count, float *target) {
+    for (int64_t i = 0; i < count; i += SB_LANES)
+        store_part(SB_FLOAT32, target, i, count - i, load_part(dtype, source, i, count - i));
+}
+
+static void narrow(int dtype, const float *source, int64_t count, void *target) {
+    for (int64_t i = 0; i < count; i += SB_LANES)
+        store_part(dtype, target, i, count - i, load_part(SB_FLOAT32, source, i, count - i));
+}
+
+/* Rows of tokens into chunks; a NULL row, and what lies past `features`, become zeros. */
+static void pack(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, void *packed) {
+    enum { RUN = 64 }; /* features a row before the next row's turn: reads stay sequential, writes stay in L1 */
+    const int64_t size = SB_DOT(dtype) ? 2 : 4;
+    for (int64_t start = 0; start < padded; start += RUN) {
+        const int64_t length = padded - start < RUN ? padded - start : RUN;
+        for (int64_t m = 0; m < group; m++) {
+            const int64_t valid = rows[m] == NULL || features < start ? 0 : features - start;
+            const char *run = (const char *)rows[m] + start * size_of(dtype);
+            float copy[RUN];
+            if (valid < length || size != size_of(dtype)) {
+                memset(copy, 0, sizeof copy);
+                const int64_t count = valid < length ? valid : length;
+                if (size == size_of(dtype)) {
+                    if (count > 0) memcpy(copy, run, (size_t)(count * size));
+                } else {
+                    widen(dtype, run, count, copy);
+                }
+                run = (const char *)copy;
+            }
+            char *out = (char *)packed + (start * group + m * SB_CHUNK) * size;
+            for (int64_t k = 0; k < length; k += SB_CHUNK, out += group * SB_CHUNK * size) {
+                if (size == 4) memcpy(out, run + k * 4, SB_CHUNK * 4);
+                else memcpy(out, run + k * 2, SB_CHUNK * 2);
+            }
+        }
+    }
+}
+
+/* Outputs n to `end`, at most a vector, of token m as packed activations of the next product. */
+SB_INLINE void store_packed(int dtype, void *packed, int64_t group, int64_t m, int64_t n, int64_t end, vec v) {
+    enum { STEP = SB_LANES < SB_CHUNK ? SB_LANES : SB_CHUNK };
+    const int out = SB_DOT(dtype) ? dtype : SB_FLOAT32;
+    float lanes[SB_LANES];
+    store_as(out, lanes, 0, v);
+    for (int64_t i = 0; i < SB_LANES && n + i < end; i += STEP) {
+        const int64_t index = ((n + i) / SB_CHUNK * group + m) * SB_CHUNK + (n + i) % SB_CHUNK;
+        if (out == SB_FLOAT32) memcpy((float *)packed + index, lanes + i, STEP * 4);
+        else memcpy((uint16_t *)packed + index, (uint16_t *)lanes + i, STEP * 2);
+    }
+}
+
+SB_INLINE void epilogue_of(int dtype, int activation, const sb_epilogue *e) {
+    float bias[SB_MAX_PANEL] = {0};
+    if (e->bias) widen(dtype, e->bias, e->columns, bias);
+    for (int64_t m = 0; m < e->rows; m++)
+        for (int64_t n = 0; n < e->panel; n += SB_LANES) {
+            const int64_t left = e->columns - n;
+            vec z = load(e->acc + m * e->acc_stride + n) + load(bias + n);
+            if (e->packed) {
+                store_packed(dtype, e->packed, e->group, m, n, e->packed_columns, activate(activation, z));
+                continue;
+            }
+            if (left <= 0) break;
+            if (e->preactivation) store_part(dtype, e->preactivation, m * e->y_stride + n, left, z);
+            vec y = activate(activation, z);
+            if (e->residual) y += load_part(dtype, e->residual, m * e->residual_stride + n, left);
+            store_part(dtype, e->y, m * e->y_stride + n, left, y);
+        }
+}
+
+static void epilogue(const sb_epilogue *e) {
+#define SB_CASE(dtype, activation) \
+    case (dtype) * SB_ACTIVATIONS + (activation): epilogue_of(dtype, activation, e); break;
+#define SB_CASES(dtype)                                                                   \
+    SB_CASE(dtype, SB_NONE) SB_CASE(dtype, SB_RELU) SB_CASE(dtype, SB_GELU)               \
+    SB_CASE(dtype, SB_GELU_TANH) SB_CASE(dtype, SB_SILU)
+    switch (e->dtype * SB_ACTIVATIONS + e->activation) {
+        SB_CASES(SB_FLOAT32)
+        SB_CASES(SB_BFLOAT16)
+        SB_CASES(SB_FLOAT16)
+    }
+}
+
+#define SB_TRANSPOSE(type)                                                                                   \
+    for (int64_t i = 0; i < rows; i += 8)                                                                    \
+        for (int64_t j = 0; j < columns; j += 8) {                                                           \
+            const type *from = (const type *)in + i * in_stride + j;                                         \
+            type *to = (type *)out + j * rows + i;                                                           \
+            SB_UNROLL for (int k = 0; k < 8; k++)                                                            \
+                SB_UNROLL for (int l = 0; l < 8; l++) to[k * rows + l] = from[l * in_stride + k];            \
+        }
+
+static void transpose(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out) {
+    if (size == 4) {
+        SB_TRANSPOSE(uint32_t)
+    } else {
+        SB_TRANSPOSE(uint16_t)
+    }
+}
+
+/* A register tile of the outer products: `rows` x `vectors` accumulators over all tokens of the tile. */
+SB_INLINE void outer_tile(const int rows, const int vectors, const int half, const sb_outer *o) {
+    vec acc[8][2];
+    SB_UNROLL for (int i = 0; i < rows; i++)
+        SB_UNROLL for (int v = 0; v < vectors; v++) acc[i][v] = splat(0.0f);
+    const float *a = o->a, *b = o->b;
+    for (int64_t t = 0; t < o->tokens; t++, a += o->a_stride, b += o->b_stride) {
+        vec right[2];
+        SB_UNROLL for (int v = 0; v < vectors; v++) right[v] = load_weights(SB_FLOAT32, b, v * SB_LANES, half);
+        SB_UNROLL for (int i = 0; i < rows; i++) {
+            vec left = splat(a[i]);
+            SB_UNROLL for (int v = 0; v < vectors; v++) acc[i][v] += left * right[v];
+        }
+    }
+    const int64_t width = half ? SB_LANES / 2 : SB_LANES;
+    SB_UNROLL for (int i = 0; i < rows; i++)
+        SB_UNROLL for (int v = 0; v < vectors; v++) {
+            float *out = o->out + i * o->out_stride + v * SB_LANES;
+            store_part(SB_FLOAT32, out, 0, width, acc[i][v] + load_part(SB_FLOAT32, out, 0, width));
+        }
+}
+
+/* out [8, columns] += aᵀ b, columns a multiple of 8. */
+static void outer(const sb_outer *whole) {
+    enum { ROWS = SB_LANES == 16 ? 8 : 4 };
+    for (int64_t i = 0; i < 8; i += ROWS) {
+        for (int64_t j = 0; j < whole->columns;) {
+            sb_outer o = *whole;
+            o.a += i;
+            o.b += j;
+            o.out += i * o.out_stride + j;
+            if (o.columns - j >= 2 * SB_LANES) {
+                outer_tile(ROWS, 2, 0, &o);
+                j += 2 * SB_LANES;
+            } else if (o.columns - j >= SB_LANES) {
+                outer_tile(ROWS, 1, 0, &o);
+                j += SB_LANES;
+            } else {
+                outer_tile(ROWS, 1, 1, &o);
+                j += SB_LANES / 2;
+            }
+        }
+    }
+}

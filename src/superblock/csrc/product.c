@@ -1,0 +1,169 @@
+/* The drivers of the forward products: tokens are cut into tiles that fit the L2 cache, tiles into groups. */
+#include "layer.h"
+#include "parallel.h"
+
+#include <string.h>
+
+/* Half of a 1 MB L2: the packed tokens stay while the weights stream past. */
+enum { TILE_BYTES = 512 << 10 };
+
+typedef struct {
+    int64_t group, tile, tiles; /* tokens a group, tokens a tile, tiles */
+    int64_t splits;             /* parts that the block rows are cut into */
+} partition;
+
+/* Groups of equal size, an equal number for every thread; when tokens are too few for that, the block rows are shared
+ * out too. `bytes` is what a token takes of the tile. */
+static partition cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t rows, int32_t threads) {
+    partition p = {.splits = 1};
+    int64_t groups = sb_ceil_div(tokens, max_group);
+    if (groups >= threads) groups = sb_ceil_div(groups, threads) * threads;
+    p.group = sb_ceil_div(tokens, groups);
+    groups = sb_ceil_div(tokens, p.group);
+    int64_t a_tile = sb_min(sb_max(TILE_BYTES / (p.group * bytes), 1), sb_max(groups / threads, 1));
+    p.tile = a_tile * p.group;
+    p.tiles = sb_ceil_div(tokens, p.tile);
+    if (p.tiles < 2 * threads && p.tiles % threads) p.splits = sb_min(4 * threads, rows);
+    return p;
+}
+
+/* The first block row of part `i` of `parts`, so that the parts hold about as many blocks. */
+static int64_t split_row(const sb_layer *layer, int64_t i, int64_t parts) {
+    const int32_t *crow = layer->weight.crow;
+    const int64_t rows = layer->rows;
+    if (i >= parts) return rows;
+    /* Rows count as one block more: an empty row still costs its epilogue. */
+    const int64_t goal = (crow[rows] + rows) * i / parts;
+    int64_t low = 0, high = rows;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (crow[middle] + middle < goal) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+/* The packed features of one kernel position for one group of tokens. */
+static void pack_group(const sb_layer *layer, const sb_product *p, int64_t token, int64_t count, int64_t group,
+                       char *packed) {
+    const sb_window *w = &p->window;
+    const int64_t size = sb_size_of(p->dtype);
+    const void *rows[SB_MAX_GROUP];
+    if (!w->kernel_h) {
+        for (int64_t m = 0; m < group; m++)
+            rows[m] = m < count ? (const char *)p->x + (token + m) * p->x_stride * size : NULL;
+        layer->kernels->pack(p->dtype, rows, group, p->weight.in_features, layer->padded_in, packed);
+        return;
+    }
+    const int64_t positions = w->kernel_h * w->kernel_w, channels = p->weight.in_features / positions;
+    const int64_t padded = layer->padded_in / positions;
+    for (int64_t i = 0; i < w->kernel_h; i++)
+        for (int64_t j = 0; j < w->kernel_w; j++, packed += padded * group * layer->packed_size) {
+            for (int64_t m = 0; m < group; m++) {
+                const int64_t pixel = token + m, image = pixel / (w->out_height * w->out_width);
+                const int64_t row = pixel / w->out_width % w->out_height * w->stride_h - w->padding_h + i * w->dilation_h;
+                const int64_t column = pixel % w->out_width * w->stride_w - w->padding_w + j * w->dilation_w;
+                const int inside = m < count && row >= 0 && row < w->height && column >= 0 && column < w->width;
+                rows[m] = inside ? (const char *)p->x + (image * w->image_stride + row * w->row_stride +
+                                                         column * w->pixel_stride) * size
+                                 : NULL;
+            }
+            layer->kernels->pack(p->dtype, rows, group, channels, padded, packed);
+        }
+}
+
+static void pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
+                      char *packed) {
+    for (int64_t token = 0; token < tokens; token += group)
+        pack_group(layer, p, start + token, sb_min(group, tokens - token), group,
+                   packed + token * layer->padded_in * layer->packed_size);
+}
+
+static sb_target target_of(const sb_product *p, int64_t start, int64_t tokens, int64_t group) {
+    const int64_t size = sb_size_of(p->dtype);
+    return (sb_target){
+        .tokens = tokens,
+        .group = group,
+        .bias = p->bias,
+        .residual = p->residual ? (const char *)p->residual + start * p->residual_stride * size : NULL,
+        .y = (char *)p->y + start * p->y_stride * size,
+        .preactivation = p->preactivation ? (char *)p->preactivation + start * p->y_stride * size : NULL,
+        .y_stride = p->y_stride,
+        .residual_stride = p->residual_stride,
+        .activation = p->activation,
+    };
+}
+
+typedef struct {
+    const sb_product *product;
+    sb_layer layer;
+    partition partition;
+} product_job;
+
+static int product_item(const void *context, int64_t item) {
+    const product_job *job = context;
+    const partition *cut = &job->partition;
+    const sb_layer *layer = &job->layer;
+    const int64_t start = item / cut->splits * cut->tile, part = item % cut->splits;
+    const int64_t tokens = sb_min(cut->tile, job->product->tokens - start);
+    const size_t packed_bytes = sb_align((size_t)(cut->tile * layer->padded_in * layer->packed_size));
+    char *scratch = sb_scratch(packed_bytes + layer->scratch);
+    if (!scratch) return SB_NO_MEMORY;
+    pack_tile(layer, job->product, start, tokens, cut->group, scratch);
+    sb_target target = target_of(job->product, start, tokens, cut->group);
+    target.packed = scratch;
+    sb_layer_run(layer, &target, split_row(layer, part, cut->splits), split_row(layer, part + 1, cut->splits),
+                 scratch + packed_bytes);
+    return SB_OK;
+}
+
+SB_API int sb_run_product(const sb_product *p) {
+    if (!p->tokens) return SB_OK;
+    product_job job = {.product = p};
+    sb_layer_init(&job.layer, &p->weight, p->dtype);
+    job.partition = cut(p->tokens, job.layer.max_group, job.layer.padded_in * job.layer.packed_size, job.layer.rows,
+                        p->threads);
+    return sb_parallel(p->threads, job.partition.tiles * job.partition.splits, product_item, &job);
+}
+
+typedef struct {
+    const sb_feed_forward *ff;
+    sb_layer first, second;
+    partition partition;
+} feed_forward_job;
+
+static int feed_forward_item(const void *context, int64_t item) {
+    const feed_forward_job *job = context;
+    const partition *cut = &job->partition;
+    const sb_layer *first = &job->first, *second = &job->second;
+    const sb_product *p = &job->ff->first;
+    const int64_t start = item * cut->tile, tokens = sb_min(cut->tile, p->tokens - start);
+    const size_t x_bytes = sb_align((size_t)(cut->tile * first->padded_in * first->packed_size));
+    const size_t hidden_bytes = sb_align((size_t)(cut->tile * second->padded_in * second->packed_size));
+    char *x = sb_scratch(x_bytes + hidden_bytes + (size_t)sb_max((int64_t)first->scratch, (int64_t)second->scratch));
+    if (!x) return SB_NO_MEMORY;
+    char *hidden = x + x_bytes, *scratch = hidden + hidden_bytes;
+    pack_tile(first, p, start, tokens, cut->group, x);
+    const int64_t covered = first->rows * first->weight.block_out;
+    if (covered < second->padded_in) memset(hidden, 0, hidden_bytes); /* features only the second's blocks reach */
+    sb_target inner = target_of(p, 0, tokens, cut->group);
+    inner.packed = x;
+    inner.next = hidden;
+    inner.next_padded = second->padded_in;
+    inner.next_size = second->packed_size;
+    sb_layer_run(first, &inner, 0, first->rows, scratch);
+    sb_target outer = target_of(&job->ff->second, start, tokens, cut->group);
+    outer.packed = hidden;
+    sb_layer_run(second, &outer, 0, second->rows, scratch);
+    return SB_OK;
+}
+
+SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
+    if (!ff->first.tokens) return SB_OK;
+    feed_forward_job job = {.ff = ff};
+    sb_layer_init(&job.first, &ff->first.weight, ff->first.dtype);
+    sb_layer_init(&job.second, &ff->second.weight, ff->first.dtype);
+    const int64_t bytes = (job.first.padded_in + job.second.padded_in) * job.first.packed_size;
+    job.partition = cut(ff->first.tokens, sb_min(job.first.max_group, job.second.max_group), bytes, 1, ff->first.threads);
+    return sb_parallel(ff->first.threads, job.partition.tiles, feed_forward_item, &job);
+}

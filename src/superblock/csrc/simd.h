@@ -1,0 +1,80 @@
+/* Vectors of SB_LANES floats on the compiler's own vector types, so that one template serves every instruction set. */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define SB_INLINE static inline __attribute__((always_inline))
+#define SB_UNROLL _Pragma("GCC unroll 32")
+
+typedef float vec __attribute__((vector_size(4 * SB_LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * SB_LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * SB_LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * SB_LANES)));
+
+SB_INLINE vec splat(float value) { return value - (vec){0}; }
+SB_INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+SB_INLINE vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+SB_INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+SB_INLINE vec from_bfloat16(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
+
+/* To nearest even; a NaN keeps its quiet bit instead of rounding up to infinity. */
+SB_INLINE hvec to_bfloat16(vec v) {
+    uvec bits = (uvec)v, nan = (uvec)(v != v);
+    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), hvec);
+}
+
+#if defined(__AVX512F__)
+SB_INLINE vec from_float16(hvec h) { return (vec)_mm512_cvtph_ps((__m256i)h); }
+SB_INLINE hvec to_float16(vec v) { return (hvec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+SB_INLINE vec from_float16(hvec h) { return (vec)_mm256_cvtph_ps((__m128i)h); }
+SB_INLINE hvec to_float16(vec v) { return (hvec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+/* Multiplying by 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal. */
+SB_INLINE vec from_float16(hvec h) {
+    uvec wide = __builtin_convertvector(h, uvec);
+    uvec magnitude = (wide & 0x7fff) << 13;
+    uvec special = (uvec)(magnitude >= 0x0f800000) & 0x7f800000;
+    return (vec)((uvec)((vec)magnitude * 0x1p112f) | special | (wide & 0x8000) << 16);
+}
+/* Adding 2^(e+13) to a float of exponent e lets its own rounding, to nearest even, drop 13 bits. */
+SB_INLINE hvec to_float16(vec v) {
+    uvec bits = (uvec)v, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    uvec tiny = (uvec)((vec)magnitude + 0.5f) - 0x3f000000; /* below 2^-14: the sum's bits are the result */
+    uvec normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
+    uvec is_tiny = (uvec)(magnitude < 0x38800000), is_large = (uvec)(magnitude >= 0x477ff000);
+    uvec is_nan = (uvec)(magnitude > 0x7f800000);
+    uvec large = 0x7c00 | (is_nan & 0x200);
+    uvec result = (is_tiny & tiny) | (~is_tiny & ((is_large & large) | (~is_large & normal)));
+    return __builtin_convertvector(result | sign, hvec);
+}
+#endif
+
+SB_INLINE hvec load16(const uint16_t *p) {
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    return h;
+}
+SB_INLINE vec load_as(int dtype, const void *base, ptrdiff_t index) {
+    if (dtype == SB_FLOAT32) return load((const float *)base + index);
+    hvec h = load16((const uint16_t *)base + index);
+    return dtype == SB_BFLOAT16 ? from_bfloat16(h) : from_float16(h);
+}
+SB_INLINE void store_as(int dtype, void *base, ptrdiff_t index, vec v) {
+    if (dtype == SB_FLOAT32) {
+        store((float *)base + index, v);
+        return;
+    }
+    hvec h = dtype == SB_BFLOAT16 ? to_bfloat16(v) : to_float16(v);
+    memcpy((uint16_t *)base + index, &h, sizeof h);
+}

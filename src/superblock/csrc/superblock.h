@@ -1,0 +1,68 @@
+/* The plain C interface of the native core: what Python calls, and what every instruction set provides.
+ *
+ * Strides and sizes count elements, never bytes. No function keeps a pointer after it returns.
+ */
+#ifndef SUPERBLOCK_H
+#define SUPERBLOCK_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SB_API __declspec(dllexport)
+#else
+#define SB_API __attribute__((visibility("default")))
+#endif
+
+enum sb_dtype { SB_FLOAT32, SB_BFLOAT16, SB_FLOAT16, SB_DTYPES };
+enum sb_activation { SB_NONE, SB_RELU, SB_GELU, SB_GELU_TANH, SB_SILU, SB_ACTIVATIONS };
+enum sb_status { SB_OK, SB_NO_MEMORY, SB_UNSUPPORTED };
+
+/* A block-sparse weight. Element (o, k) of a block is at `o * out_stride + k * in_stride`; one of the two is 1.
+ * `ids` says where the values of each entry lie (a transposed index does not move them); NULL: in order. */
+typedef struct {
+    const void *values;
+    const int32_t *crow, *cols, *ids;
+    int64_t out_features, in_features;
+    int64_t block_out, block_in, out_stride, in_stride, block_stride;
+} sb_weight;
+
+/* The window of a convolution over channels-last images; `kernel_h == 0` means a plain linear product. */
+typedef struct {
+    int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+    int64_t height, width, out_height, out_width, image_stride, row_stride, pixel_stride;
+} sb_window;
+
+typedef struct {
+    sb_weight weight;
+    sb_window window;
+    const void *x, *bias, *residual; /* bias and residual may be NULL */
+    void *y, *preactivation;         /* preactivation may be NULL; it has the strides of y */
+    int64_t tokens, x_stride, y_stride, residual_stride;
+    int32_t dtype, activation, threads;
+} sb_product;
+
+/* Two products whose hidden activations stay in the core's cache. */
+typedef struct {
+    sb_product first; /* y is ignored */
+    sb_product second; /* x is ignored */
+} sb_feed_forward;
+
+/* dvalues[b] = dy[:, rows of b]ᵀ x[:, columns of b], dense blocks in order. */
+typedef struct {
+    sb_weight weight; /* values are the result */
+    const void *grad, *x;
+    int64_t tokens, grad_stride, x_stride;
+    int32_t dtype, threads;
+} sb_sampled;
+
+SB_API int sb_run_product(const sb_product *product);
+SB_API int sb_run_feed_forward(const sb_feed_forward *ff);
+SB_API int sb_run_sampled(const sb_sampled *sampled);
+/* The instruction sets of this build, best first, as "avx512bf16 avx512 ..."; those the machine lacks are left out. */
+SB_API const char *sb_available(void);
+/* Use the named instruction set; SB_UNSUPPORTED, and no change, unless it is available. */
+SB_API int sb_select(const char *name);
+/* Run on the calling thread only, from now on: OpenMP's pool does not survive fork. */
+SB_API void sb_disable_threads(void);
+
+#endif

@@ -1,0 +1,162 @@
+/* The register-tiled product, written once and unrolled for every (vectors, tokens) the accumulators allow.
+ *
+ * A tile keeps `group * vectors` accumulators in registers across a whole block row. Each feature costs `vectors`
+ * loads of weights and one broadcast a token, so wide panels spare the load ports and narrow ones spare nothing:
+ * 28 x 1 vector needs 29 loads for 28 multiply-adds, 12 x 2 needs 14 for 24.
+ */
+
+/* Weights of feature k, lanes past the panel left zero when only half a vector belongs to it. */
+SB_INLINE vec load_weights(int dtype, const void *w, ptrdiff_t index, int half) {
+#if SB_LANES == 16
+    if (half) {
+        __mmask16 low = 0xff;
+        if (dtype == SB_FLOAT32) return (vec)_mm512_maskz_loadu_ps(low, (const float *)w + index);
+        __m256i h = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)((const uint16_t *)w + index)));
+        h = _mm256_inserti128_si256(_mm256_setzero_si256(), _mm256_castsi256_si128(h), 0);
+        return dtype == SB_BFLOAT16 ? from_bfloat16((hvec)h) : from_float16((hvec)h);
+    }
+#endif
+    (void)half;
+    return load_as(dtype, w, index);
+}
+
+/* Few accumulators would wait for the multiply-add's latency: split them over features. */
+#define SB_SPLIT(vectors, group) ((vectors) * (group) >= 8 ? 1 : (vectors) * (group) >= 4 ? 2 : 4)
+
+SB_INLINE void tile_widened(int dtype, const int vectors, const int group, const int half, const sb_tile *t) {
+    enum { SPLIT_MAX = 4 };
+    const int split = SB_SPLIT(vectors, group);
+    vec acc[SPLIT_MAX][SB_MAX_GROUP][4];
+    SB_UNROLL for (int s = 0; s < split; s++)
+        SB_UNROLL for (int m = 0; m < group; m++)
+            SB_UNROLL for (int v = 0; v < vectors; v++) acc[s][m][v] = splat(0.0f);
+    const size_t size = dtype == SB_FLOAT32 ? 4 : 2;
+    const ptrdiff_t row = t->row_stride;
+    for (int64_t b = 0; b < t->blocks; b++) {
+        const char *w = (const char *)t->w + (size_t)((t->ids ? t->ids[b] : b) * t->block_stride) * size;
+        const float *x = (const float *)t->x + t->cols[b] * t->chunks * group * SB_CHUNK;
+        for (int64_t c = 0; c < t->chunks; c++) {
+            SB_UNROLL for (int k = 0; k < SB_CHUNK; k++) {
+                vec weights[4];
+                SB_UNROLL for (int v = 0; v < vectors; v++)
+                    weights[v] = load_weights(dtype, w, v * SB_LANES, half);
+                SB_UNROLL for (int m = 0; m < group; m++) {
+                    vec token = splat(x[m * SB_CHUNK + k]);
+                    SB_UNROLL for (int v = 0; v < vectors; v++) acc[k % split][m][v] += token * weights[v];
+                }
+                w += row * (ptrdiff_t)size;
+            }
+            x += group * SB_CHUNK;
+        }
+    }
+    SB_UNROLL for (int m = 0; m < group; m++)
+        SB_UNROLL for (int v = 0; v < vectors; v++) {
+            vec sum = acc[0][m][v];
+            SB_UNROLL for (int s = 1; s < split; s++) sum += acc[s][m][v];
+            store(t->acc + (m * vectors + v) * SB_LANES, sum);
+        }
+}
+
+#ifdef SB_DOT_BFLOAT16
+/* Two features at a time: vdpbf16ps wants the pair of one output side by side, so two rows of weights are interleaved
+ * in registers, once for all tokens of the group, and no second copy of the weights is kept. */
+SB_INLINE void load_pairs(const uint16_t *w, ptrdiff_t row, const int vectors, const int half, __m512i pairs[4]) {
+    if (vectors == 1) {
+        __m512i both;
+        if (half) {
+            __m128i even = _mm_loadu_si128((const __m128i *)w), odd = _mm_loadu_si128((const __m128i *)(w + row));
+            __m256i low = _mm256_set_m128i(_mm_unpackhi_epi16(even, odd), _mm_unpacklo_epi16(even, odd));
+            pairs[0] = _mm512_zextsi256_si512(low);
+            return;
+        }
+        both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)w)),
+                                  _mm256_loadu_si256((const __m256i *)(w + row)), 1);
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                               21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        pairs[0] = _mm512_permutexvar_epi16(order, both);
+        return;
+    }
+    SB_UNROLL for (int v = 0; v < vectors; v += 2) {
+        __m512i even = _mm512_loadu_si512(w + v * SB_LANES), odd = _mm512_loadu_si512(w + row + v * SB_LANES);
+        pairs[v] = _mm512_unpacklo_epi16(even, odd);
+        pairs[v + 1] = _mm512_unpackhi_epi16(even, odd);
+    }
+}
+
+SB_INLINE void tile_dot(const int vectors, const int group, const int half, const sb_tile *t) {
+    enum { SPLIT_MAX = 4 };
+    const int split = SB_SPLIT(vectors, group);
+    __m512 acc[SPLIT_MAX][SB_MAX_GROUP][4];
+    SB_UNROLL for (int s = 0; s < split; s++)
+        SB_UNROLL for (int m = 0; m < group; m++)
+            SB_UNROLL for (int v = 0; v < vectors; v++) acc[s][m][v] = _mm512_setzero_ps();
+    const ptrdiff_t row = t->row_stride;
+    for (int64_t b = 0; b < t->blocks; b++) {
+        const uint16_t *w = (const uint16_t *)t->w + (t->ids ? t->ids[b] : b) * t->block_stride;
+        const uint16_t *x = (const uint16_t *)t->x + t->cols[b] * t->chunks * group * SB_CHUNK;
+        for (int64_t c = 0; c < t->chunks; c++) {
+            SB_UNROLL for (int k = 0; k < SB_CHUNK / 2; k++) {
+                __m512i pairs[4];
+                load_pairs(w, row, vectors, half, pairs);
+                SB_UNROLL for (int m = 0; m < group; m++) {
+                    int32_t two;
+                    memcpy(&two, x + m * SB_CHUNK + 2 * k, sizeof two);
+                    __m512bh token = (__m512bh)_mm512_set1_epi32(two);
+                    SB_UNROLL for (int v = 0; v < vectors; v++)
+                        acc[k % split][m][v] = _mm512_dpbf16_ps(acc[k % split][m][v], token, (__m512bh)pairs[v]);
+                }
+                w += 2 * row;
+            }
+            x += group * SB_CHUNK;
+        }
+    }
+    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i second = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+    SB_UNROLL for (int m = 0; m < group; m++) {
+        __m512 sum[4];
+        SB_UNROLL for (int v = 0; v < vectors; v++) {
+            sum[v] = acc[0][m][v];
+            SB_UNROLL for (int s = 1; s < split; s++) sum[v] = _mm512_add_ps(sum[v], acc[s][m][v]);
+        }
+        float *out = t->acc + m * vectors * SB_LANES;
+        if (vectors == 1) {
+            _mm512_storeu_ps(out, sum[0]);
+            continue;
+        }
+        SB_UNROLL for (int v = 0; v < vectors; v += 2) {
+            _mm512_storeu_ps(out + v * SB_LANES, _mm512_permutex2var_ps(sum[v], first, sum[v + 1]));
+            _mm512_storeu_ps(out + (v + 1) * SB_LANES, _mm512_permutex2var_ps(sum[v], second, sum[v + 1]));
+        }
+    }
+}
+#endif
+
+SB_INLINE void tile_of(int dtype, const int vectors, const int group, const int half, const sb_tile *t) {
+#ifdef SB_DOT_BFLOAT16
+    if (dtype == SB_BFLOAT16) {
+        tile_dot(vectors, group, half, t);
+        return;
+    }
+#endif
+    tile_widened(dtype, vectors, group, half, t);
+}
+
+/* One function for every (dtype, vectors, group), so that each holds its accumulators in registers. */
+typedef void (*tile_fn)(const sb_tile *);
+#define SB_TILE_NAME(dtype, vectors, group, half) tile_##dtype##_##vectors##_##group##_##half
+#define SB_DEFINE(vectors, group, half)                                                                       \
+    static void SB_TILE_NAME(0, vectors, group, half)(const sb_tile *t) { tile_of(0, vectors, group, half, t); } \
+    static void SB_TILE_NAME(1, vectors, group, half)(const sb_tile *t) { tile_of(1, vectors, group, half, t); } \
+    static void SB_TILE_NAME(2, vectors, group, half)(const sb_tile *t) { tile_of(2, vectors, group, half, t); }
+#define SB_ENTRY(vectors, group, half)                                                       \
+    {SB_TILE_NAME(0, vectors, group, half), SB_TILE_NAME(1, vectors, group, half),           \
+     SB_TILE_NAME(2, vectors, group, half)},
+#define SB_GROUPS_6(each, v, h) each(v, 1, h) each(v, 2, h) each(v, 3, h) each(v, 4, h) each(v, 5, h) each(v, 6, h)
+#define SB_GROUPS_12(each, v, h)                                                                                 \
+    SB_GROUPS_6(each, v, h)                                                                                      \
+    each(v, 7, h) each(v, 8, h) each(v, 9, h) each(v, 10, h) each(v, 11, h) each(v, 12, h)
+#define SB_GROUPS_28(each, v, h)                                                                                 \
+    SB_GROUPS_12(each, v, h)                                                                                     \
+    each(v, 13, h) each(v, 14, h) each(v, 15, h) each(v, 16, h) each(v, 17, h) each(v, 18, h) each(v, 19, h)     \
+    each(v, 20, h) each(v, 21, h) each(v, 22, h) each(v, 23, h) each(v, 24, h) each(v, 25, h) each(v, 26, h)     \
+    each(v, 27, h) each(v, 28, h)

@@ -1,0 +1,128 @@
+"""The native core's shared library: found, loaded, its instruction set chosen, once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import torch  # noqa: F401  Its OpenMP runtime must be loaded first: the core uses that one.
+
+from superblock.errors import BackendError
+
+LIBRARY = "libsuperblock.so"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ISA_VARIABLE = "SUPERBLOCK_CPU_ISA"
+MEND = "install a C compiler (gcc or clang) and reinstall superblock"
+
+
+def _structure(name: str, *fields: tuple[str, str | type[Structure]]) -> type[Structure]:
+    """A C structure from ``(type, "name name ...")`` rows: the order is that of ``csrc/superblock.h``."""
+    kinds = {"pointer": c_void_p, "int64": c_int64, "int32": c_int32}
+    rows = []
+    for names, kind in fields:
+        rows += [(each, kinds[kind] if isinstance(kind, str) else kind) for each in names.split()]
+    return type(name, (Structure,), {"_fields_": rows})
+
+
+Weight = _structure(
+    "Weight",
+    ("values crow cols ids", "pointer"),
+    ("out_features in_features block_out block_in out_stride in_stride block_stride", "int64"),
+)
+Window = _structure(
+    "Window",
+    ("kernel_h kernel_w stride_h stride_w padding_h padding_w dilation_h dilation_w", "int64"),
+    ("height width out_height out_width image_stride row_stride pixel_stride", "int64"),
+)
+Product = _structure(
+    "Product",
+    ("weight", Weight),
+    ("window", Window),
+    ("x bias residual y preactivation", "pointer"),
+    ("tokens x_stride y_stride residual_stride", "int64"),
+    ("dtype activation threads", "int32"),
+)
+FeedForward = _structure("FeedForward", ("first", Product), ("second", Product))
+Sampled = _structure(
+    "Sampled",
+    ("weight", Weight),
+    ("grad x", "pointer"),
+    ("tokens grad_stride x_stride", "int64"),
+    ("dtype threads", "int32"),
+)
+
+
+def find() -> Path | None:
+    """Where the installed library lies: beside the package, or where an editable install put it."""
+    beside = Path(__file__).parents[1] / LIBRARY
+    if beside.exists():
+        return beside
+    try:
+        files = metadata.files("superblock") or []
+    except metadata.PackageNotFoundError:
+        return None
+    installed = (Path(str(file.locate())) for file in files if file.name == LIBRARY)
+    return next((path for path in installed if path.exists()), None)
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The loaded core.
+
+    Raises:
+        BackendError: the library was not built, cannot be loaded, or lacks what ``SUPERBLOCK_CPU_ISA`` asks for.
+    """
+    path = find()
+    if path is None:
+        raise BackendError(f"the native CPU core is not built: {MEND}")
+    try:
+        core = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"the native CPU core cannot be loaded ({error}): {MEND}") from error
+    for name, structure in (
+        ("sb_run_product", Product),
+        ("sb_run_feed_forward", FeedForward),
+        ("sb_run_sampled", Sampled),
+    ):
+        getattr(core, name).argtypes = [POINTER(structure)]
+    core.sb_available.restype = c_char_p
+    core.sb_select.argtypes = [c_char_p]
+    core.sb_select.restype = c_int
+    os.register_at_fork(after_in_child=core.sb_disable_threads)
+    _choose(core, os.environ.get(ISA_VARIABLE))
+    return core
+
+
+def available() -> list[str]:
+    """The instruction sets that both the build and the machine have, best first."""
+    names: bytes = library().sb_available()
+    return names.decode().split()
+
+
+def _choose(core: ctypes.CDLL, name: str | None) -> None:
+    if name and core.sb_select(name.encode()):
+        options = core.sb_available().decode().replace(" ", ", ")
+        raise BackendError(f"{ISA_VARIABLE} must be one that this machine and build have ({options}), got {name!r}")
+
+
+def select(name: str) -> None:
+    """Use the named instruction set from now on.
+
+    Raises:
+        BackendError: this machine or build does not have it.
+    """
+    _choose(library(), name)
+
+
+def missing() -> str | None:
+    """Why there is no native core, or ``None``."""
+    try:
+        library()
+    except BackendError as error:
+        return str(error)
+    return None
