@@ -93,7 +93,9 @@ class BSRMatrix:
     def to_torch(self) -> Tensor:
         """As a ``torch.sparse_bsr`` tensor, whose shape is rounded up to whole blocks."""
         (rows, cols), (bh, bw) = self.grid, self.blocksize
-        return torch.sparse_bsr_tensor(self.crow_indices, self.col_indices, self.values, size=(rows * bh, cols * bw))
+        return torch.sparse_bsr_tensor(
+            self.crow_indices, self.col_indices, self.values, size=(rows * bh, cols * bw), check_invariants=False
+        )
 
     def to_dense(self) -> Tensor:
         """As a dense ``[M, N]`` tensor, through which gradients reach ``values``."""

@@ -15,6 +15,7 @@ from superblock.config import SupermaskConfig, TileSparsity
 from superblock.errors import ModelError
 from superblock.masks import Supermask, Tile, threshold
 from superblock.report import LayerReport, Report
+from superblock.rules import make_mask
 from superblock.targets import WeightSite, select, weight_sites
 
 _FOLDED = "_superblock_folded"
@@ -53,7 +54,7 @@ def apply_supermask(model: nn.Module, config: SupermaskConfig) -> Report:
         if _mask_at(site) is None:  # A weight shared with an earlier layer has its mask already.
             target = config.target(site.kind)
             assert target is not None  # By `select`.
-            attach(model, site, Supermask(_initialized(site), target))
+            attach(model, site, make_mask(_initialized(site), target, config.rule))
     return supermask_report(model)
 
 
@@ -133,40 +134,29 @@ def supermask_report(model: nn.Module) -> Report:
     seen: set[int] = set()
     layers = []
     for site in weight_sites(model):
-        fold = _fold_at(site)
-        if fold is None or id(parameter_at(site)) in seen:
+        mask = _mask_at(site)
+        fold = folds_of(site.module).get(site.parameter) if mask is None else _fold_of(mask)
+        shared = id(site.weight if mask is None else mask)
+        if fold is None or shared in seen:
             continue
-        seen.add(id(parameter_at(site)))
+        seen.add(shared)
         layers.append(
             LayerReport(
                 name=site.name,
                 kind=site.kind,
-                shape=tuple(parameter_at(site).shape),
+                shape=tuple(site.weight.shape),
                 tile=fold.tile,
                 grid=fold.grid,
                 target=fold.target.sparsity,
                 sparsity=fold.sparsity,
                 zeros=fold.zeros,
-                parameters=parameter_at(site).numel(),
+                parameters=site.weight.numel(),
                 note=_note(fold),
             )
         )
     scores = {id(parameter) for parameter in score_parameters(model)}
     total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in scores)
     return Report(tuple(layers), total)
-
-
-def parameter_at(site: WeightSite) -> Tensor:
-    """The parameter behind a weight, masked or not."""
-    chain = _chain(site)
-    return site.weight if chain is None else chain.get_parameter("original")
-
-
-def _chain(site: WeightSite) -> nn.Module | None:
-    """What parametrizes a weight, in order of application."""
-    if not parametrize.is_parametrized(site.module, site.parameter):
-        return None
-    return site.module.get_submodule(f"parametrizations.{site.parameter}")
 
 
 def _initialized(site: WeightSite) -> Tensor:
@@ -176,14 +166,10 @@ def _initialized(site: WeightSite) -> Tensor:
 
 
 def _mask_at(site: WeightSite) -> Supermask | None:
-    chain = _chain(site)
-    steps = () if chain is None else chain.children()
+    if not parametrize.is_parametrized(site.module, site.parameter):
+        return None
+    steps = site.module.get_submodule(f"parametrizations.{site.parameter}").children()
     return next((step for step in steps if isinstance(step, Supermask)), None)
-
-
-def _fold_at(site: WeightSite) -> Fold | None:
-    mask = _mask_at(site)
-    return folds_of(site.module).get(site.parameter) if mask is None else _fold_of(mask)
 
 
 def _fold_of(mask: Supermask) -> Fold:

@@ -79,7 +79,7 @@ def select(model: nn.Module, config: SupermaskConfig) -> list[WeightSite]:
 
 def feed_forward_layers(model: nn.Module) -> list[str]:
     """The layers of a model's feed-forward parts: those of transformer blocks outside attention,
-    and every pair of linear layers side by side of which the second undoes the first's change of width."""
+    and linear layers (or 1×1 convolutions) side by side of which the last undoes the first's change of width."""
     attention = _outermost_attention(model)
     blocks = {_parent(name) for name in attention}
     layers = [
@@ -132,14 +132,24 @@ def _outermost_attention(model: nn.Module) -> list[str]:
 
 
 def _expand_contract(name: str, module: nn.Module) -> list[str]:
-    linear = {child: layer for child, layer in module.named_children() if isinstance(layer, nn.Linear)}
-    if len(linear) < 2:
+    children = dict(module.named_children())
+    layers: dict[str, nn.Module]
+    layers = {child: layer for child, layer in children.items() if isinstance(layer, nn.Linear)}
+    if not layers and not any(_spatial(layer) for layer in children.values()):
+        layers = {child: layer for child, layer in children.items() if isinstance(layer, CONVOLUTIONS)}
+    if len(layers) < 2:
         return []
-    expand, *_, contract = linear.values()
-    gated = (expand.out_features, expand.out_features // 2)  # A gated unit halves the hidden width.
-    if expand.in_features != contract.out_features or contract.in_features not in gated:
+    first, *_, last = (_widths(layer) for layer in layers.values())
+    gated = (first[1], first[1] // 2)  # A gated unit halves the hidden width.
+    if first[0] != last[1] or last[0] not in gated:
         return []
-    return [f"{name}.{child}".lstrip(".") for child in linear]
+    return [f"{name}.{child}".lstrip(".") for child in layers]
+
+
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer or a convolution."""
+    weight = layer.get_parameter("weight")
+    return weight.shape[1], weight.shape[0]
 
 
 def _inside(name: str, outer: str) -> bool:

@@ -79,7 +79,7 @@ def product(
 ) -> Tensor:
     """:func:`bsr_linear` on a matrix's own tensors, whose layout the caller has validated."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)

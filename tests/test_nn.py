@@ -1,0 +1,162 @@
+"""BSR layers do what the dense layers with the same weight do."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from test_bsr import blocky
+from torch import nn
+
+from superblock import BSRConv2d, BSRLinear, BSRMatrix, BSRMultiheadAttention
+from superblock.errors import MatrixError, ModelError
+
+
+def linear_pair(out_features: int = 50, in_features: int = 24) -> tuple[nn.Linear, BSRLinear]:
+    dense = nn.Linear(in_features, out_features)
+    dense.weight.data = blocky((out_features, in_features), 8)
+    return dense, BSRLinear(BSRMatrix.from_dense(dense.weight, 8), dense.bias)
+
+
+def test_linear_forward_and_backward() -> None:
+    dense, sparse = linear_pair()
+    x = torch.randn(2, 5, 24)
+    (y, expected) = (sparse(x), dense(x))
+    torch.testing.assert_close(y, expected)
+    expected.square().sum().backward()
+    y.square().sum().backward()
+    torch.testing.assert_close(sparse.bias.grad, dense.bias.grad)
+    grad = BSRMatrix(sparse.crow_indices, sparse.col_indices, sparse.values.grad, (50, 24)).to_dense()
+    torch.testing.assert_close(grad, dense.weight.grad * (dense.weight != 0))
+
+
+def test_a_weight_read_by_f_linear_is_multiplied_and_any_other_reader_is_told() -> None:
+    dense, sparse = linear_pair()
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(nn.functional.linear(x, sparse.weight, sparse.bias), dense(x))
+    assert sparse.weight.dtype == torch.float32
+    with pytest.raises(ModelError, match=r"can only be read by F\.linear, not by matmul: exclude its layer"):
+        torch.matmul(x, sparse.weight)
+
+
+@pytest.mark.parametrize("stride", [1, 2, (2, 3)])
+@pytest.mark.parametrize(("padding", "padding_mode"), [(0, "zeros"), (1, "zeros"), ((2, 1), "reflect")])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pointwise_convolution(
+    stride: int | tuple[int, int], padding: int | tuple[int, int], padding_mode: str, memory_format: torch.memory_format
+) -> None:
+    dense = nn.Conv2d(12, 20, 1, stride=stride, padding=padding, padding_mode=padding_mode)
+    dense.weight.data = blocky((20, 12), 8).view(20, 12, 1, 1)
+    matrix = BSRMatrix.from_dense(dense.weight.flatten(1), 8)
+    sparse = BSRConv2d(matrix, dense.bias, dense.stride, dense.padding, padding_mode)
+    x = torch.randn(2, 12, 7, 9).to(memory_format=memory_format)
+    torch.testing.assert_close(sparse(x), dense(x))
+    assert sparse(x).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(sparse(x[0]), dense(x[0]))
+
+
+def attention_pair(batch_first: bool) -> tuple[nn.MultiheadAttention, BSRMultiheadAttention]:
+    dense = nn.MultiheadAttention(16, 4, batch_first=batch_first)
+    dense.in_proj_weight.data = blocky((48, 16), 8)
+    dense.out_proj.weight.data = blocky((16, 16), 8)
+    nn.init.normal_(dense.in_proj_bias)
+    in_proj = BSRLinear(BSRMatrix.from_dense(dense.in_proj_weight, 8), dense.in_proj_bias)
+    out_proj = BSRLinear(BSRMatrix.from_dense(dense.out_proj.weight, 8), dense.out_proj.bias)
+    return dense.eval(), BSRMultiheadAttention(in_proj, out_proj, 4, batch_first=batch_first).eval()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("inputs", ["self", "cross", "all", "unbatched"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_attention(batch_first: bool, inputs: str, need_weights: bool) -> None:
+    dense, sparse = attention_pair(batch_first)
+    query, key, value = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(3, 5, 16)
+    arguments = {
+        "self": (query, query, query),
+        "cross": (query, key, key),
+        "all": (query, key, value),
+        "unbatched": (query[0], key[0], value[0]),
+    }[inputs]
+    for average in (True, False):
+        expected = dense(*arguments, need_weights=need_weights, average_attn_weights=average)
+        got = sparse(*arguments, need_weights=need_weights, average_attn_weights=average)
+        torch.testing.assert_close(got[0], expected[0])
+        assert (got[1] is None) == (expected[1] is None)
+        if need_weights:
+            torch.testing.assert_close(got[1], expected[1])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("mask", ["bool", "float", "per head", "padding", "both"])
+def test_attention_masks(mask: str, need_weights: bool) -> None:
+    dense, sparse = attention_pair(True)
+    x = torch.randn(3, 5, 16)
+    later = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    options = {
+        "bool": {"attn_mask": later},
+        "float": {"attn_mask": torch.randn(5, 5)},
+        "per head": {"attn_mask": torch.randn(12, 5, 5)},
+        "padding": {"key_padding_mask": padding},
+        "both": {"attn_mask": later, "key_padding_mask": padding},
+    }[mask]
+    expected = dense(x, x, x, need_weights=need_weights, **options)
+    torch.testing.assert_close(sparse(x, x, x, need_weights=need_weights, **options)[0], expected[0])
+
+
+def test_one_product_serves_all_that_is_projected_from_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, sparse = attention_pair(True)
+    calls: list[int] = []
+    sparse.in_proj.register_forward_hook(lambda *_: calls.append(1))
+    x, memory = torch.randn(1, 5, 16), torch.randn(1, 5, 16)
+    sparse(x, x, x)
+    assert len(calls) == 1
+    sparse(x, memory, memory)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle", "state_dict"])
+def test_copies_are_plain_bsr(copied: str) -> None:
+    _, layer = linear_pair()
+    x = torch.randn(3, 24)
+    if copied == "deepcopy":
+        twin = copy.deepcopy(layer)
+    elif copied == "pickle":
+        stream = io.BytesIO()
+        torch.save(layer, stream)
+        stream.seek(0)
+        twin = torch.load(stream, weights_only=False)
+    else:
+        _, twin = linear_pair()
+        twin.values = nn.Parameter(torch.zeros_like(layer.values))
+        twin.crow_indices, twin.col_indices = torch.zeros_like(layer.crow_indices), torch.zeros_like(layer.col_indices)
+        twin.load_state_dict(layer.state_dict())
+    assert set(twin.state_dict()) == {"values", "bias", "crow_indices", "col_indices"}
+    torch.testing.assert_close(twin(x), layer(x))
+
+
+def test_an_optimizer_step_changes_the_product() -> None:
+    _, layer = linear_pair()
+    x = torch.randn(3, 24)
+    before = layer(x).detach()
+    layer(x).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    expected = nn.functional.linear(x, layer.matrix.to_dense(), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    assert not torch.allclose(layer(x), before)
+
+
+def test_layers_export() -> None:
+    _, layer = linear_pair()
+    x = torch.randn(3, 24)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
+    y = torch.randn(7, 24)
+    torch.testing.assert_close(exported.module()(y), layer(y))
+
+
+def test_wrong_input_is_told() -> None:
+    _, layer = linear_pair()
+    with pytest.raises(MatrixError, match=r"x must be \[..., 24\]"):
+        layer(torch.randn(3, 25))
