@@ -1,0 +1,198 @@
+"""One entry for every file that weights come in: it is recognised by what it holds, not by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from superblock import checkpoint, hub
+from superblock.agreement import check_agreement
+from superblock.config import SupermaskConfig
+from superblock.convert import to_bsr
+from superblock.errors import CheckpointError, ConfigError
+from superblock.files import read_checkpoint
+from superblock.nn import BSRWeight
+from superblock.original import is_original, load_original
+from superblock.report import Report
+from superblock.surgery import apply_supermask, masked_weights, sparsify_weights
+
+Form = Literal["dense", "masked", "folded", "bsr"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model became by :func:`load_weights`.
+
+    ``supermask`` is the configuration of its masks, ``content`` the checkpoint as a dict in our own format (``model``,
+    ``model_ema``, ``epoch``, ``config``, …) where it was one of training, ``notices`` what the user should know.
+    """
+
+    form: Form
+    supermask: SupermaskConfig | None = None
+    content: dict[str, Any] | None = None
+    notices: tuple[str, ...] = ()
+
+
+def load_weights(
+    model: nn.Module, path: str | Path, config: SupermaskConfig | None = None, *, ema: bool = False
+) -> Loaded:
+    """Load a file into a freshly built dense model, in place, with the masks or BSR layers that it describes.
+
+    Takes ``.safetensors`` (a deployable model, or a plain state), our training checkpoints, those of the original
+    SuperBlock, plain dense states (also under a key ``model`` or ``state_dict``), and ``hf://owner/name/file`` for
+    any of these on the Hugging Face hub.
+
+    Args:
+        model: dense, of the file's architecture.
+        path: the file.
+        config: the flags: what to mask in a dense state; must agree with a file that says so itself.
+        ema: load the averaged weights of a training checkpoint.
+
+    Raises:
+        CheckpointError: missing, truncated, of another model, or with foreign classes, which are never executed.
+        ConfigError: ``config`` contradicts the file.
+    """
+    config = config or SupermaskConfig()
+    file = hub.fetch(str(path)) if hub.is_uri(path) else Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: {_advice(file)}")
+    source = str(path)
+    if is_safetensors(file):
+        if checkpoint.FORMAT in _metadata(file):
+            return _load_deployable(model, file, config, ema)
+        content: Any = load_file(file)
+    else:
+        content = read_checkpoint(file)
+    state = state_of(content, source)
+    if content.get("format") == checkpoint.FORMAT:
+        return _load_training(model, content, config, ema, source)
+    if is_original(state):
+        found = load_original(model, {**content, "model": state}, config, ema=ema, source=source)
+        upgraded = {
+            "format": checkpoint.FORMAT,
+            "version": checkpoint.VERSION,
+            "model": found.model,
+            "model_ema": found.model_ema,
+            "epoch": content.get("epoch", -1),
+            "config": {"supermask": found.config.to_dict()},
+        }
+        return Loaded(_form_of(model), found.config, upgraded, found.notices)
+    checkpoint.load_matching(model, averaged_state(content, source) if ema else state, source)
+    if config.active:
+        apply_supermask(model, config)
+        return Loaded("masked", config)
+    return Loaded("dense")
+
+
+def take_form(model: nn.Module, sparsify: bool, bsr: int | None) -> Report | None:
+    """Bring a loaded model into the form that ``--sparsify-weights`` and ``--bsr`` ask for, in place.
+
+    Args:
+        model: dense, masked, folded or converted.
+        sparsify: fold the masks.
+        bsr: the block's side, 0 for each layer's tile, ``None`` to leave folded weights dense.
+
+    Returns:
+        The report of what was folded or converted; ``None`` where there was nothing to do: a model that is converted
+        already stays as it is.
+
+    Raises:
+        ConfigError: folding was asked for and there is no mask.
+    """
+    form = _form_of(model)
+    if not sparsify or form == "bsr":
+        return None
+    if form == "dense":
+        raise ConfigError(
+            "--sparsify-weights has no masks to fold: give --sparsity-linear (or conv1x1, conv), or a masked checkpoint"
+        )
+    report = sparsify_weights(model)
+    return report if bsr is None else to_bsr(model, bsr or None)
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file is safetensors, by its name or by the JSON header it opens with."""
+    with Path(path).open("rb") as stream:
+        return Path(path).suffix == ".safetensors" or stream.read(9)[8:] == b"{"
+
+
+def state_of(content: Any, source: str) -> dict[str, Tensor]:
+    """The model's state in what a checkpoint file held, without a wrapper's ``module.`` before every key."""
+    if isinstance(content, Mapping):
+        for key in ("model", "state_dict"):
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{source} holds no model: expected a state_dict, or a dict with one under 'model'")
+    prefix = "module." if all(key.startswith("module.") for key in content) else ""
+    return {key.removeprefix(prefix): value for key, value in content.items()}
+
+
+def averaged_state(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The state of the averaged model (EMA) in a training checkpoint."""
+    averaged = content.get("model_ema")
+    if not averaged:
+        raise CheckpointError(f"{source} holds no averaged weights (model_ema): load it without --model-ema")
+    return {key.removeprefix("module."): value for key, value in averaged.items() if key != "n_averaged"}
+
+
+def _load_training(
+    model: nn.Module, content: dict[str, Any], config: SupermaskConfig, ema: bool, source: str
+) -> Loaded:
+    if content.get("version") != checkpoint.VERSION:
+        raise CheckpointError(
+            f"{source} has format version {content.get('version')}, expected {checkpoint.VERSION}: upgrade superblock"
+        )
+    plain = content.get("config", {}).get("supermask")
+    stored = SupermaskConfig.from_dict(plain) if plain else SupermaskConfig()
+    if stored.active:
+        check_agreement(model, config, stored, source)
+    state = averaged_state(content, source) if ema else content["model"]
+    if stored.active:
+        apply_supermask(model, stored)
+    checkpoint.load_matching(model, state, source)
+    if config.active and not stored.active:
+        apply_supermask(model, config)
+        return Loaded("masked", config, content)
+    return Loaded(_form_of(model), stored if stored.active else None, content)
+
+
+def _load_deployable(model: nn.Module, file: Path, config: SupermaskConfig, ema: bool) -> Loaded:
+    if ema:
+        raise CheckpointError(f"{file} holds one model and no averaged weights: load it without --model-ema")
+    plain = checkpoint.describe(file).get("supermask")
+    stored = SupermaskConfig.from_dict(plain) if plain else None
+    notices: tuple[str, ...] = ()
+    if config.active:
+        if stored is not None:
+            check_agreement(model, config, stored, str(file))
+        notices = (f"{file} is sparse already: the sparsity flags change nothing",)
+    checkpoint.load(file, model)
+    form = _form_of(model)
+    return Loaded("folded" if form == "dense" and stored is not None else form, stored, None, notices)
+
+
+def _form_of(model: nn.Module) -> Form:
+    if any(isinstance(module, BSRWeight) for module in model.modules()):
+        return "bsr"
+    return "masked" if any(True for _ in masked_weights(model)) else "dense"
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+
+
+def _advice(path: Path) -> str:
+    name = hub.published_name(path)
+    return f"fetch it with: superblock download {name}" if name else "give the path of a .pth or .safetensors file"
