@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from superblock.errors import ConfigError
 
 Scope = Literal["all", "mlp"]
+Rule = Literal["exact", "original"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class SupermaskConfig:
     ``linear`` covers every linear layer (attention projections included), ``conv1x1`` the convolutions
     whose kernel is one position, ``conv`` all others; a kind left at ``None`` stays dense. ``scope="mlp"``
     keeps to feed-forward layers. ``include`` and ``exclude`` are shell patterns over layer names
-    (``encoder.layers.*.mlp.*``); an empty ``include`` means every name.
+    (``encoder.layers.*.mlp.*``); an empty ``include`` means every name. ``rule`` says how scores become a mask:
+    ``exact`` as :class:`superblock.Supermask` does, ``original`` as the SuperBlock of 2024 did, for its checkpoints.
     """
 
     linear: TileSparsity | None = None
@@ -42,10 +44,12 @@ class SupermaskConfig:
     scope: Scope = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    rule: Rule = "exact"
 
     def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
-            raise ConfigError(f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}")
+        for name, choices in (("scope", get_args(Scope)), ("rule", get_args(Rule))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -72,7 +73,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
 
 def supermask_config(args: argparse.Namespace) -> SupermaskConfig:
     """The configuration that the sparsity arguments stand for: a sparsity of 0 or none leaves the kind dense."""
-    targets = {}
+    targets: dict[str, Any] = {}
     for kind in ("linear", "conv1x1", "conv"):
         tile = getattr(args, f"sp_{kind}_tile_size")
         target = TileSparsity(getattr(args, f"sparsity_{kind}") or 0.0, tile)
