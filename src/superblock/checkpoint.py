@@ -73,8 +73,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
     tensors |= {alias: tensors[key] for alias, key in content["aliases"].items()}
-    for name, layer in content["layers"].items():
-        _install(model, name, layer, tensors, path)
+    for name in content["layers"]:
+        if name.rpartition(".")[0] not in content["layers"]:  # An attention installs its projections itself.
+            _install(model, name, content["layers"], tensors, path)
     load_matching(model, tensors, str(path))
     return model
 
@@ -142,7 +143,7 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
     return {"type": type(module).__name__, **{name: getattr(module, name) for name in options}}
 
 
-def _install(model: nn.Module, name: str, layer: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> None:
+def _install(model: nn.Module, name: str, layers: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> None:
     """Put the described BSR layer, over the file's tensors, in the place of the dense one."""
     parent_name, _, child = name.rpartition(".")
     try:
@@ -154,35 +155,40 @@ def _install(model: nn.Module, name: str, layer: dict[str, Any], tensors: dict[s
         ) from error
     if isinstance(old, (BSRWeight, BSRMultiheadAttention)):
         raise CheckpointError(f"{name} is block-sparse already: load into a dense {type(model).__name__}")
+    described = tuple(layers[name].get(side) for side in ("out_features", "in_features"))
+    if isinstance(old, (nn.Linear, nn.Conv2d)) and tuple(old.weight.shape[:2]) != described:
+        raise CheckpointError(
+            f"{path} is of another model than {type(model).__name__}: {name} is {described[0]} × {described[1]} there "
+            f"and {old.weight.shape[0]} × {old.weight.shape[1]} here"
+        )
     try:
-        new = _layer(name, dict(layer), tensors)
+        new = _layer(name, layers, tensors)
     except (KeyError, TypeError, MatrixError) as error:
         raise CheckpointError(f"{path} is damaged: {name} cannot be rebuilt: {error}") from error
     device = next((tensor.device for tensor in old.parameters()), None)
     parent._modules[child] = new.to(device).train(old.training)
 
 
-def _layer(name: str, layer: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    kind = layer.pop("type")
+def _layer(name: str, layers: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    options = dict(layers[name])
+    kind = options.pop("type")
     if kind == "BSRMultiheadAttention":
-        in_proj, out_proj = (_projection(f"{name}.{part}", tensors) for part in ("in_proj", "out_proj"))
-        return BSRMultiheadAttention(in_proj, out_proj, **layer)
+        in_proj, out_proj = (_projection(f"{name}.{part}", layers, tensors) for part in ("in_proj", "out_proj"))
+        return BSRMultiheadAttention(in_proj, out_proj, **options)
     bias = tensors.get(f"{name}.bias")
+    matrix = _matrix(name, (options.pop("out_features"), options.pop("in_features")), tensors)
     if kind == "BSRLinear":
-        return BSRLinear(_matrix(name, (layer["out_features"], layer["in_features"]), tensors), bias)
+        return BSRLinear(matrix, bias)
     if kind == "BSRConv2d":
-        matrix = _matrix(name, (layer.pop("out_features"), layer.pop("in_features")), tensors)
-        mode = layer["padding_mode"]
-        return BSRConv2d(matrix, bias, tuple(layer["stride"]), tuple(layer["padding"]), mode)
+        stride, padding = tuple(options["stride"]), tuple(options["padding"])
+        return BSRConv2d(matrix, bias, stride, padding, options["padding_mode"])
     raise KeyError(f"unknown layer type {kind}")
 
 
-def _projection(name: str, tensors: dict[str, Tensor]) -> nn.Module:
-    """A dense placeholder; a block-sparse projection has a description of its own and replaces it."""
-    weight = tensors.get(f"{name}.weight")
-    if weight is None:
-        weight = tensors[f"{name}.values"].new_empty(1, 1)
-    return dense_linear(weight, tensors.get(f"{name}.bias"))
+def _projection(name: str, layers: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    if name in layers:
+        return _layer(name, layers, tensors)
+    return dense_linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
 
 
 def _matrix(name: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> BSRMatrix:

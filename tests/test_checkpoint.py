@@ -1,0 +1,135 @@
+"""Deployable files: what is saved comes back, is as small as it should be, and damage is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from networks import ConvNet, Tied, Transformer
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import superblock as sb
+from superblock.checkpoint import describe
+from superblock.errors import CheckpointError, ModelError
+
+LINEAR = sb.SupermaskConfig(linear=sb.TileSparsity(0.75, 8))
+EVERYTHING = sb.SupermaskConfig(
+    linear=sb.TileSparsity(0.5, 8), conv1x1=sb.TileSparsity(0.5, 4), conv=sb.TileSparsity(0.5, 4)
+)
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def converted(build: type, config: sb.SupermaskConfig = LINEAR) -> nn.Module:
+    model = build()
+    sb.apply_supermask(model, config)
+    sb.sparsify_weights(model)
+    sb.to_bsr(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "config", "x"),
+    [
+        (Transformer, LINEAR, torch.randn(2, 5, 12)),
+        (ConvNet, EVERYTHING, torch.randn(2, 3, 9, 9)),
+        (encoder, LINEAR, torch.randn(2, 5, 16)),
+        (encoder, sb.SupermaskConfig(linear=sb.TileSparsity(0.5, 8), include=("*.out_proj",)), torch.randn(2, 5, 16)),
+        (Tied, LINEAR, torch.randint(0, 40, (2, 5))),
+    ],
+)
+def test_round_trip(build: type, config: sb.SupermaskConfig, x: torch.Tensor, tmp_path: Path) -> None:
+    model = converted(build, config)
+    sb.save(model, tmp_path / "model.safetensors", note="kept")
+    loaded = sb.load(tmp_path / "model.safetensors", build()).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert describe(tmp_path / "model.safetensors")["note"] == "kept"
+    assert {key: tensor.shape for key, tensor in loaded.state_dict().items()} == {
+        key: tensor.shape for key, tensor in model.state_dict().items()
+    }
+
+
+def test_a_folded_model_that_was_not_converted_round_trips(tmp_path: Path) -> None:
+    model = Transformer()
+    sb.apply_supermask(model, LINEAR)
+    sb.sparsify_weights(model)
+    sb.save(model, tmp_path / "model.safetensors")
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(sb.load(tmp_path / "model.safetensors", Transformer())(x), model(x))
+
+
+def test_the_file_is_near_density_times_dense(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(512, 512, bias=False))
+
+    model = converted(build, sb.SupermaskConfig(linear=sb.TileSparsity(0.9, 32)))
+    sb.save(model, tmp_path / "model.safetensors")
+    dense = 512 * 512 * 4
+    assert (tmp_path / "model.safetensors").stat().st_size < dense * 0.11 + 2048
+
+
+def test_strided_values_are_saved_as_plain_bsr(tmp_path: Path) -> None:
+    model = converted(Transformer)
+    expected = model.head.values.detach().clone()
+    model.head.values = nn.Parameter(expected.mT.contiguous().mT)
+    sb.save(model, tmp_path / "model.safetensors")
+    torch.testing.assert_close(load_file(tmp_path / "model.safetensors")["head.values"], expected)
+
+
+def test_masks_must_be_folded_first(tmp_path: Path) -> None:
+    model = Transformer()
+    sb.apply_supermask(model, LINEAR)
+    with pytest.raises(ModelError, match="the masks are not folded yet: call sparsify_weights before save"):
+        sb.save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(CheckpointError, match=r"no model at .*: give the path of a .safetensors file"):
+        sb.load(path, Transformer())
+    sb.save(converted(Transformer), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or not a safetensors file"):
+        sb.load(path, Transformer())
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"was not written by SuperBlock: expected a 'superblock' description"):
+        sb.load(path, Transformer())
+    save_file({"x": torch.zeros(1)}, path, {"superblock": json.dumps({"version": 99})})
+    with pytest.raises(CheckpointError, match="has format version 99, expected 1: upgrade"):
+        sb.load(path, Transformer())
+
+
+def test_another_model_names_the_keys(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    sb.save(converted(Transformer), path)
+    with pytest.raises(CheckpointError, match="is of another model than ConvNet: it describes embed"):
+        sb.load(path, ConvNet())
+    with pytest.raises(CheckpointError, match="another model than Transformer: head is 10 × 24 there and 7 × 24 here"):
+        sb.load(path, Transformer(classes=7))
+    with pytest.raises(CheckpointError, match="embed is block-sparse already: load into a dense Transformer"):
+        sb.load(path, converted(Transformer))
+
+
+def test_a_damaged_layer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    sb.save(converted(Transformer), path)
+    description = describe(path)
+    tensors = load_file(path)
+    tensors["head.col_indices"] = tensors["head.col_indices"] + 100
+    save_file(tensors, path, {"superblock": json.dumps(description)})
+    with pytest.raises(CheckpointError, match=r"is damaged: head cannot be rebuilt: col_indices must be in \[0, 3\)"):
+        sb.load(path, Transformer())
+
+
+def test_without_an_architecture_a_model_is_needed(tmp_path: Path) -> None:
+    sb.save(converted(Transformer), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="names no architecture: pass the dense model as the second argument"):
+        sb.load(tmp_path / "model.safetensors")
