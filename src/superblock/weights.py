@@ -19,6 +19,7 @@ from superblock.errors import CheckpointError, ConfigError
 from superblock.files import read_checkpoint
 from superblock.nn import BSRWeight
 from superblock.original import is_original, load_original
+from superblock.original_optimizer import states_by_name
 from superblock.report import Report
 from superblock.surgery import apply_supermask, masked_weights, sparsify_weights
 
@@ -31,6 +32,8 @@ class Loaded:
 
     ``supermask`` is the configuration of its masks, ``content`` the checkpoint as a dict in our own format (``model``,
     ``model_ema``, ``epoch``, ``config``, …) where it was one of training, ``notices`` what the user should know.
+    The content of an original checkpoint has ``optimizer_by_name`` (:mod:`superblock.original_optimizer`) in place of
+    ``optimizer``.
     """
 
     form: Form
@@ -80,6 +83,7 @@ def load_weights(
             "model": found.model,
             "model_ema": found.model_ema,
             "epoch": content.get("epoch", -1),
+            "optimizer_by_name": states_by_name({**content, "model": state}, model),
             "config": {"supermask": found.config.to_dict()},
         }
         return Loaded(_form_of(model), found.config, upgraded, found.notices)
