@@ -15,6 +15,8 @@ typedef struct {
     int64_t blocks, chunks;    /* chunks a block */
     int64_t block_stride, row_stride;
     float *acc; /* [group][panel] */
+    char *target; /* what the epilogue will write: `target_bytes` a token, fetched while the tile multiplies */
+    int64_t target_stride, target_bytes;
 } sb_tile;
 
 /* y = act(acc + bias) + residual for a tile; or, with `packed`, into the packed activations of a next product. */
@@ -26,6 +28,7 @@ typedef struct {
     int64_t packed_columns;       /* of the panel, what the next product reads */
     int64_t group, acc_stride, y_stride, residual_stride;
     int32_t dtype, activation;
+    int32_t stream; /* write around the caches where whole lines allow */
 } sb_epilogue;
 
 /* out[i][j] += sum over tokens of a[t][i] * b[t][j], for 8 rows i. */

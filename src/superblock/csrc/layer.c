@@ -81,11 +81,12 @@ static void run_panel(const sb_layer *layer, const sb_target *t, int64_t row, in
         .residual_stride = t->residual_stride,
         .dtype = layer->dtype,
         .activation = t->activation,
+        .stream = t->stream && panel * size % 64 == 0 && t->y_stride * size % 64 == 0 && (uintptr_t)t->y % 64 == 0 &&
+                  w->block_out * size % 64 == 0,
     };
     if (columns <= 0 && e.packed_columns <= 0) return;
     for (int64_t token = 0; token < t->tokens; token += t->group) {
         tile.x = (const char *)t->packed + token * layer->padded_in * layer->packed_size;
-        layer->kernels->tile(layer->dtype, panel, t->group, &tile);
         e.rows = t->next ? t->group : sb_min(t->group, t->tokens - token);
         if (t->next) {
             e.packed = (char *)t->next + (token * t->next_padded + column * t->group) * t->next_size;
@@ -96,6 +97,12 @@ static void run_panel(const sb_layer *layer, const sb_target *t, int64_t row, in
             e.residual =
                 t->residual ? (const char *)t->residual + (token * t->residual_stride + column) * size : NULL;
         }
+        if (!t->next && !e.stream) {
+            tile.target = e.y;
+            tile.target_stride = t->y_stride * size;
+            tile.target_bytes = columns * size;
+        }
+        layer->kernels->tile(layer->dtype, panel, t->group, &tile);
         layer->kernels->epilogue(&e);
     }
 }

@@ -17,7 +17,7 @@ typedef struct {
 
 void sb_layer_init(sb_layer *layer, const sb_weight *weight, int32_t dtype);
 
-/* Multiply the packed groups with block rows [first, last); `out` is that of the first token, as a pattern. */
+/* One tile of tokens: where its packed features lie and where its results go. */
 typedef struct {
     const void *packed;
     int64_t tokens, group; /* the last group may be partly filled */
@@ -27,8 +27,10 @@ typedef struct {
     void *next; /* packed activations of a next product, instead of y */
     int64_t next_padded, next_size;
     int32_t activation;
+    int stream; /* y is too large to be worth a place in the caches */
 } sb_target;
 
+/* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, void *scratch);
 
 static inline int64_t sb_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

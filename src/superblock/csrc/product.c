@@ -4,13 +4,17 @@
 
 #include <string.h>
 
-/* Half of a 1 MB L2: the packed tokens stay while the weights stream past. */
-enum { TILE_BYTES = 512 << 10 };
+/* The packed tokens stay in a 1 MB L2 while weights and results stream past: flat from 200 to 512 KB. */
+enum { TILE_BYTES = 400 << 10 };
 
 typedef struct {
     int64_t group, tile, tiles; /* tokens a group, tokens a tile, tiles */
     int64_t splits;             /* parts that the block rows are cut into */
 } partition;
+
+/* Results of more than this leave the caches before anyone reads them, so writing around the caches loses nothing and
+ * spares reading every line first (768 x 3072, 1576 tokens, float32, 90 %: 5.6 -> 4.5 ms). */
+enum { STREAMED_BYTES = 8 << 20 };
 
 /* Groups of equal size, an equal number for every thread; when tokens are too few for that, the block rows are shared
  * out too. `bytes` is what a token takes of the tile. */
@@ -33,11 +37,11 @@ static int64_t split_row(const sb_layer *layer, int64_t i, int64_t parts) {
     const int64_t rows = layer->rows;
     if (i >= parts) return rows;
     /* Rows count as one block more: an empty row still costs its epilogue. */
-    const int64_t goal = (crow[rows] + rows) * i / parts;
+    const int64_t goal = (crow[rows] - crow[0] + rows) * i / parts;
     int64_t low = 0, high = rows;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (crow[middle] + middle < goal) low = middle + 1;
+        if (crow[middle] - crow[0] + middle < goal) low = middle + 1;
         else high = middle;
     }
     return low;
@@ -91,7 +95,15 @@ static sb_target target_of(const sb_product *p, int64_t start, int64_t tokens, i
         .y_stride = p->y_stride,
         .residual_stride = p->residual_stride,
         .activation = p->activation,
+        .stream = p->tokens * p->y_stride * size > STREAMED_BYTES,
     };
+}
+
+/* Streamed stores become visible to other threads in no order of their own. */
+static void finish_stores(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
 }
 
 typedef struct {
@@ -114,6 +126,7 @@ static int product_item(const void *context, int64_t item) {
     target.packed = scratch;
     sb_layer_run(layer, &target, split_row(layer, part, cut->splits), split_row(layer, part + 1, cut->splits),
                  scratch + packed_bytes);
+    finish_stores();
     return SB_OK;
 }
 
@@ -155,6 +168,7 @@ static int feed_forward_item(const void *context, int64_t item) {
     sb_target outer = target_of(&job->ff->second, start, tokens, cut->group);
     outer.packed = hidden;
     sb_layer_run(second, &outer, 0, second->rows, scratch);
+    finish_stores();
     return SB_OK;
 }
 

@@ -26,12 +26,16 @@ SB_INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 SB_INLINE vec from_bfloat16(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
 
+#ifdef SB_DOT_BFLOAT16
+SB_INLINE hvec to_bfloat16(vec v) { return (hvec)_mm512_cvtneps_pbh((__m512)v); }
+#else
 /* To nearest even; a NaN keeps its quiet bit instead of rounding up to infinity. */
 SB_INLINE hvec to_bfloat16(vec v) {
     uvec bits = (uvec)v, nan = (uvec)(v != v);
     uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), hvec);
 }
+#endif
 
 #if defined(__AVX512F__)
 SB_INLINE vec from_float16(hvec h) { return (vec)_mm512_cvtph_ps((__m256i)h); }
@@ -77,4 +81,18 @@ SB_INLINE void store_as(int dtype, void *base, ptrdiff_t index, vec v) {
     }
     hvec h = dtype == SB_BFLOAT16 ? to_bfloat16(v) : to_float16(v);
     memcpy((uint16_t *)base + index, &h, sizeof h);
+}
+
+/* Past the caches, where the instruction set can; the address is aligned to a vector. */
+SB_INLINE void stream_as(int dtype, void *base, ptrdiff_t index, vec v) {
+#if SB_LANES == 16
+    if (dtype == SB_FLOAT32) {
+        _mm512_stream_ps((float *)base + index, (__m512)v);
+        return;
+    }
+    hvec h = dtype == SB_BFLOAT16 ? to_bfloat16(v) : to_float16(v);
+    _mm256_stream_si256((__m256i *)((uint16_t *)base + index), (__m256i)h);
+#else
+    store_as(dtype, base, index, v);
+#endif
 }

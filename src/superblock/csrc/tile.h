@@ -23,6 +23,11 @@ SB_INLINE vec load_weights(int dtype, const void *w, ptrdiff_t index, int half) 
 /* Few accumulators would wait for the multiply-add's latency: split them over features. */
 #define SB_SPLIT(vectors, group) ((vectors) * (group) >= 8 ? 1 : (vectors) * (group) >= 4 ? 2 : 4)
 
+/* A tile's activations come from L2, and the next block's from somewhere the hardware cannot guess. */
+SB_INLINE void fetch_chunk(const char *chunk, const int bytes) {
+    SB_UNROLL for (int at = 0; at < bytes; at += 64) __builtin_prefetch(chunk + at, 0);
+}
+
 SB_INLINE void tile_widened(int dtype, const int vectors, const int group, const int half, const sb_tile *t) {
     enum { SPLIT_MAX = 4 };
     const int split = SB_SPLIT(vectors, group);
@@ -35,7 +40,10 @@ SB_INLINE void tile_widened(int dtype, const int vectors, const int group, const
     for (int64_t b = 0; b < t->blocks; b++) {
         const char *w = (const char *)t->w + (size_t)((t->ids ? t->ids[b] : b) * t->block_stride) * size;
         const float *x = (const float *)t->x + t->cols[b] * t->chunks * group * SB_CHUNK;
+        const float *next = (const float *)t->x + t->cols[b + 1 < t->blocks ? b + 1 : 0] * t->chunks * group * SB_CHUNK;
         for (int64_t c = 0; c < t->chunks; c++) {
+            fetch_chunk((const char *)next, group * SB_CHUNK * 4);
+            next += group * SB_CHUNK;
             SB_UNROLL for (int k = 0; k < SB_CHUNK; k++) {
                 vec weights[4];
                 SB_UNROLL for (int v = 0; v < vectors; v++)
@@ -94,7 +102,10 @@ SB_INLINE void tile_dot(const int vectors, const int group, const int half, cons
     for (int64_t b = 0; b < t->blocks; b++) {
         const uint16_t *w = (const uint16_t *)t->w + (t->ids ? t->ids[b] : b) * t->block_stride;
         const uint16_t *x = (const uint16_t *)t->x + t->cols[b] * t->chunks * group * SB_CHUNK;
+        const uint16_t *next = (const uint16_t *)t->x + t->cols[b + 1 < t->blocks ? b + 1 : 0] * t->chunks * group * SB_CHUNK;
         for (int64_t c = 0; c < t->chunks; c++) {
+            fetch_chunk((const char *)next, group * SB_CHUNK * 2);
+            next += group * SB_CHUNK;
             SB_UNROLL for (int k = 0; k < SB_CHUNK / 2; k++) {
                 __m512i pairs[4];
                 load_pairs(w, row, vectors, half, pairs);
@@ -131,7 +142,15 @@ SB_INLINE void tile_dot(const int vectors, const int group, const int half, cons
 }
 #endif
 
+/* Rows of y lie far apart, so each store would wait for its line: asking for all of them before the products hides
+ * that (2.5 of 4.9 ms at 768 x 3072, 1576 tokens, 95 % sparsity). */
+SB_INLINE void fetch_target(const int group, const sb_tile *t) {
+    for (int64_t at = 0; at < t->target_bytes; at += 64)
+        for (int m = 0; m < group; m++) __builtin_prefetch(t->target + m * t->target_stride + at, 1);
+}
+
 SB_INLINE void tile_of(int dtype, const int vectors, const int group, const int half, const sb_tile *t) {
+    fetch_target(group, t);
 #ifdef SB_DOT_BFLOAT16
     if (dtype == SB_BFLOAT16) {
         tile_dot(vectors, group, half, t);
