@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,21 @@ def sparsify_weights(model: nn.Module) -> Report:
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         module.__dict__.setdefault(_FOLDED, {})[name] = fold
     return report
+
+
+def mark_folded(sites: Sequence[WeightSite], config: SupermaskConfig) -> None:
+    """Record of weights, folded before they were saved, what their zero tiles tell of the masks they had.
+
+    Args:
+        sites: what ``config`` masked.
+        config: how it was masked.
+    """
+    for site in sites:
+        target = config.target(site.kind)
+        assert target is not None  # By `select`.
+        mask = make_mask(site.weight, target, config.rule)
+        mask.live = max(1, int(mask.scores.count_nonzero()))  # Initial scores are zero where a tile is.
+        site.module.__dict__.setdefault(_FOLDED, {})[site.parameter] = _fold_of(mask)
 
 
 def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Supermask]]:

@@ -21,7 +21,15 @@ from superblock.nn import BSRWeight
 from superblock.original import is_original, load_original
 from superblock.original_optimizer import states_by_name
 from superblock.report import Report
-from superblock.surgery import apply_supermask, masked_weights, sparsify_weights
+from superblock.surgery import (
+    apply_supermask,
+    folds,
+    mark_folded,
+    masked_weights,
+    sparsify_weights,
+    supermask_report,
+)
+from superblock.targets import WeightSite, select
 
 Form = Literal["dense", "masked", "folded", "bsr"]
 
@@ -61,37 +69,117 @@ def load_weights(
         CheckpointError: missing, truncated, of another model, or with foreign classes, which are never executed.
         ConfigError: ``config`` contradicts the file.
     """
-    config = config or SupermaskConfig()
+    return open_weights(path).load_into(model, config, ema=ema)
+
+
+def open_weights(path: str | Path) -> WeightsFile:
+    """Read a file of weights, so that a model can be built by what it says of itself; see :func:`load_weights`."""
     file = hub.fetch(str(path)) if hub.is_uri(path) else Path(path)
     if not file.is_file():
         raise CheckpointError(f"no checkpoint at {path}: {_advice(file)}")
-    source = str(path)
-    if is_safetensors(file):
-        if checkpoint.FORMAT in _metadata(file):
-            return _load_deployable(model, file, config, ema)
-        content: Any = load_file(file)
+    if not is_safetensors(file):
+        content: Any = read_checkpoint(file)
+    elif checkpoint.FORMAT in _metadata(file):
+        return WeightsFile(str(path), file, {}, {}, checkpoint.describe(file))
     else:
-        content = read_checkpoint(file)
-    state = state_of(content, source)
+        content = load_file(file)
+    state = state_of(content, str(path))
+    said: dict[str, Any] = {}
     if content.get("format") == checkpoint.FORMAT:
-        return _load_training(model, content, config, ema, source)
-    if is_original(state):
-        found = load_original(model, {**content, "model": state}, config, ema=ema, source=source)
+        if content.get("version") != checkpoint.VERSION:
+            raise CheckpointError(
+                f"{path} has format version {content.get('version')}, expected {checkpoint.VERSION}: upgrade superblock"
+            )
+        said = content.get("config") or {}
+    return WeightsFile(str(path), file, content, state, said)
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """An opened file of weights.
+
+    ``source`` is its name, ``file`` where it lies, ``content`` what it holds and ``state`` the model's state in that
+    (both empty for a deployable model, whose tensors are read when they are loaded), ``said`` what it says of its
+    model: ``architecture``, ``num_classes``, ``image_size``, ``supermask``.
+    """
+
+    source: str
+    file: Path
+    content: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    said: Mapping[str, Any]
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the model tells apart: as it says, else the outputs of its last weight."""
+        if self.said.get("num_classes"):
+            return int(self.said["num_classes"])
+        weights = [value for key, value in self.state.items() if key.endswith("weight") and value.dim() > 1]
+        return weights[-1].shape[0] if weights else None
+
+    @property
+    def supermask(self) -> SupermaskConfig:
+        """What the file says is masked."""
+        plain = self.said.get("supermask")
+        return SupermaskConfig.from_dict(plain) if plain else SupermaskConfig()
+
+    def load_into(self, model: nn.Module, config: SupermaskConfig | None = None, *, ema: bool = False) -> Loaded:
+        """Load into a dense model, in place; see :func:`load_weights`."""
+        flags = config or SupermaskConfig()
+        if not self.content:
+            return self._load_deployable(model, flags, ema)
+        if self.content.get("format") == checkpoint.FORMAT:
+            return self._load_training(model, flags, ema)
+        if is_original(self.state):
+            return self._load_original(model, flags, ema)
+        checkpoint.load_matching(model, self._chosen(ema), self.source)
+        return self._masked_by(flags, model, None)
+
+    def _load_training(self, model: nn.Module, flags: SupermaskConfig, ema: bool) -> Loaded:
+        stored = self.supermask
+        if stored.active:
+            check_agreement(model, flags, stored, self.source)
+            apply_supermask(model, stored)
+        checkpoint.load_matching(model, self._chosen(ema), self.source)
+        content = dict(self.content)
+        return Loaded("masked", stored, content) if stored.active else self._masked_by(flags, model, content)
+
+    def _load_original(self, model: nn.Module, flags: SupermaskConfig, ema: bool) -> Loaded:
+        content = {**self.content, "model": self.state}
+        found = load_original(model, content, flags, ema=ema, source=self.source)
         upgraded = {
             "format": checkpoint.FORMAT,
             "version": checkpoint.VERSION,
             "model": found.model,
             "model_ema": found.model_ema,
-            "epoch": content.get("epoch", -1),
-            "optimizer_by_name": states_by_name({**content, "model": state}, model),
+            "epoch": self.content.get("epoch", -1),
+            "optimizer_by_name": states_by_name(content, model),
             "config": {"supermask": found.config.to_dict()},
         }
         return Loaded(_form_of(model), found.config, upgraded, found.notices)
-    checkpoint.load_matching(model, averaged_state(content, source) if ema else state, source)
-    if config.active:
-        apply_supermask(model, config)
-        return Loaded("masked", config)
-    return Loaded("dense")
+
+    def _load_deployable(self, model: nn.Module, flags: SupermaskConfig, ema: bool) -> Loaded:
+        if ema:
+            raise CheckpointError(f"{self.source} holds one model, no averaged weights: load it without --model-ema")
+        stored = self.supermask
+        sites = []
+        if stored.active:
+            check_agreement(model, flags, stored, self.source)
+            sites = select(model, stored)
+        checkpoint.load(self.file, model)
+        mark_folded([site for site in sites if _holds(model, site)], stored)
+        notices = (f"{self.source} is sparse already: the sparsity flags change nothing",) if flags.active else ()
+        return Loaded(_form_of(model), stored if stored.active else None, None, notices)
+
+    def _masked_by(self, flags: SupermaskConfig, model: nn.Module, content: dict[str, Any] | None) -> Loaded:
+        """A dense state takes the masks of the flags."""
+        if not flags.active:
+            return Loaded("dense", None, content)
+        apply_supermask(model, flags)
+        return Loaded("masked", flags, content)
+
+    def _chosen(self, ema: bool) -> dict[str, Tensor]:
+        return averaged_state(self.content, self.source) if ema else dict(self.state)
 
 
 def take_form(model: nn.Module, sparsify: bool, bsr: int | None) -> Report | None:
@@ -116,7 +204,7 @@ def take_form(model: nn.Module, sparsify: bool, bsr: int | None) -> Report | Non
         raise ConfigError(
             "--sparsify-weights has no masks to fold: give --sparsity-linear (or conv1x1, conv), or a masked checkpoint"
         )
-    report = sparsify_weights(model)
+    report = sparsify_weights(model) if form == "masked" else supermask_report(model)
     return report if bsr is None else to_bsr(model, bsr or None)
 
 
@@ -147,46 +235,17 @@ def averaged_state(content: Mapping[str, Any], source: str) -> dict[str, Tensor]
     return {key.removeprefix("module."): value for key, value in averaged.items() if key != "n_averaged"}
 
 
-def _load_training(
-    model: nn.Module, content: dict[str, Any], config: SupermaskConfig, ema: bool, source: str
-) -> Loaded:
-    if content.get("version") != checkpoint.VERSION:
-        raise CheckpointError(
-            f"{source} has format version {content.get('version')}, expected {checkpoint.VERSION}: upgrade superblock"
-        )
-    plain = content.get("config", {}).get("supermask")
-    stored = SupermaskConfig.from_dict(plain) if plain else SupermaskConfig()
-    if stored.active:
-        check_agreement(model, config, stored, source)
-    state = averaged_state(content, source) if ema else content["model"]
-    if stored.active:
-        apply_supermask(model, stored)
-    checkpoint.load_matching(model, state, source)
-    if config.active and not stored.active:
-        apply_supermask(model, config)
-        return Loaded("masked", config, content)
-    return Loaded(_form_of(model), stored if stored.active else None, content)
-
-
-def _load_deployable(model: nn.Module, file: Path, config: SupermaskConfig, ema: bool) -> Loaded:
-    if ema:
-        raise CheckpointError(f"{file} holds one model and no averaged weights: load it without --model-ema")
-    plain = checkpoint.describe(file).get("supermask")
-    stored = SupermaskConfig.from_dict(plain) if plain else None
-    notices: tuple[str, ...] = ()
-    if config.active:
-        if stored is not None:
-            check_agreement(model, config, stored, str(file))
-        notices = (f"{file} is sparse already: the sparsity flags change nothing",)
-    checkpoint.load(file, model)
-    form = _form_of(model)
-    return Loaded("folded" if form == "dense" and stored is not None else form, stored, None, notices)
-
-
 def _form_of(model: nn.Module) -> Form:
     if any(isinstance(module, BSRWeight) for module in model.modules()):
         return "bsr"
-    return "masked" if any(True for _ in masked_weights(model)) else "dense"
+    if any(True for _ in masked_weights(model)):
+        return "masked"
+    return "folded" if any(True for _ in folds(model)) else "dense"
+
+
+def _holds(model: nn.Module, site: WeightSite) -> bool:
+    """Whether the layer is still there, not swapped for its BSR form."""
+    return any(module is site.module for module in model.modules())
 
 
 def _metadata(file: Path) -> dict[str, str]:
