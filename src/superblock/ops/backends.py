@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from types import ModuleType
 
@@ -13,4 +14,18 @@ from superblock.ops import reference
 @lru_cache(maxsize=256)
 def select(device_type: str, dtype: torch.dtype, block_height: int, block_width: int) -> ModuleType:
     """The backend of a product; ``reference`` where no faster one takes it."""
+    if device_type == "cpu":
+        from superblock.ops import cpu
+
+        if cpu.unsupported(dtype, block_height, block_width) is None:
+            return cpu
+        _warn_of_missing_core()
     return reference
+
+
+@lru_cache(maxsize=1)
+def _warn_of_missing_core() -> None:
+    from superblock.ops import native
+
+    if (reason := native.missing()) is not None:
+        warnings.warn(f"{reason}; until then block-sparse products on the CPU are slow", stacklevel=2)

@@ -45,7 +45,9 @@ def linear(
     activation: str,
 ) -> Tensor:
     """``y = act(x Wᵀ + b) + residual``."""
-    return _linear(x, values, crow_indices, col_indices, bias, residual, out_features, in_features, activation, False)[0]
+    return _linear(x, values, crow_indices, col_indices, bias, residual, out_features, in_features, activation, False)[
+        0
+    ]
 
 
 def linear_with_preactivation(

@@ -71,19 +71,29 @@ def find() -> Path | None:
 
 
 @lru_cache(maxsize=1)
+def missing() -> str | None:
+    """Why there is no native core and how to mend it, or ``None``."""
+    path = find()
+    if path is None:
+        return f"the native CPU core is not built: {MEND}"
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the native CPU core cannot be loaded ({error}): {MEND}"
+    return None
+
+
+@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The loaded core.
 
     Raises:
-        BackendError: the library was not built, cannot be loaded, or lacks what ``SUPERBLOCK_CPU_ISA`` asks for.
+        BackendError: there is none, or it lacks what ``SUPERBLOCK_CPU_ISA`` asks for.
     """
-    path = find()
-    if path is None:
-        raise BackendError(f"the native CPU core is not built: {MEND}")
-    try:
-        core = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendError(f"the native CPU core cannot be loaded ({error}): {MEND}") from error
+    reason = missing()
+    if reason is not None:
+        raise BackendError(reason)
+    core = ctypes.CDLL(str(find()))
     for name, structure in (
         ("sb_run_product", Product),
         ("sb_run_feed_forward", FeedForward),
@@ -117,12 +127,3 @@ def select(name: str) -> None:
         BackendError: this machine or build does not have it.
     """
     _choose(library(), name)
-
-
-def missing() -> str | None:
-    """Why there is no native core, or ``None``."""
-    try:
-        library()
-    except BackendError as error:
-        return str(error)
-    return None
