@@ -59,8 +59,7 @@ static void pack_group(const sb_layer *layer, const sb_product *p, int64_t token
         layer->kernels->pack(p->dtype, rows, group, p->weight.in_features, layer->padded_in, packed);
         return;
     }
-    const int64_t positions = w->kernel_h * w->kernel_w, channels = p->weight.in_features / positions;
-    const int64_t padded = layer->padded_in / positions;
+    const int64_t padded = layer->padded_in / (w->kernel_h * w->kernel_w);
     for (int64_t i = 0; i < w->kernel_h; i++)
         for (int64_t j = 0; j < w->kernel_w; j++, packed += padded * group * layer->packed_size) {
             for (int64_t m = 0; m < group; m++) {
@@ -72,7 +71,7 @@ static void pack_group(const sb_layer *layer, const sb_product *p, int64_t token
                                                          column * w->pixel_stride) * size
                                  : NULL;
             }
-            layer->kernels->pack(p->dtype, rows, group, channels, padded, packed);
+            layer->kernels->pack(p->dtype, rows, group, w->channels, padded, packed);
         }
 }
 

@@ -30,6 +30,7 @@ typedef struct {
 typedef struct {
     int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
     int64_t height, width, out_height, out_width, image_stride, row_stride, pixel_stride;
+    int64_t channels; /* of x, at every kernel position; the weight's in_features counts whole blocks of them */
 } sb_window;
 
 typedef struct {

@@ -12,9 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from superblock.errors import BackendError, MatrixError
+from superblock.errors import MatrixError
 from superblock.ops import native
-from superblock.ops.indices import Indices, indices_of
+from superblock.ops.arguments import check, indices_for, product_of, rows_of, transposed_weight, weight_of
+
+Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]
 
 MULTIPLE = 8
 
@@ -45,9 +47,10 @@ def linear(
     activation: str,
 ) -> Tensor:
     """``y = act(x Wᵀ + b) + residual``."""
-    return _linear(x, values, crow_indices, col_indices, bias, residual, out_features, in_features, activation, False)[
-        0
-    ]
+    product, alive = product_of(
+        values, crow_indices, col_indices, bias, residual, out_features, in_features, activation
+    )
+    return _run(product, x, values.dtype, in_features, out_features)
 
 
 def linear_with_preactivation(
@@ -61,26 +64,19 @@ def linear_with_preactivation(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """``(act(z), z)`` with ``z = x Wᵀ + b``, in one pass."""
-    y, z = _linear(x, values, crow_indices, col_indices, bias, None, out_features, in_features, activation, True)
-    assert z is not None
-    return y, z
+    product, alive = product_of(values, crow_indices, col_indices, bias, None, out_features, in_features, activation)
+    z = x.new_empty(*x.shape[:-1], out_features)
+    product.preactivation = z.data_ptr()
+    return _run(product, x, values.dtype, in_features, out_features), z
 
 
 def grad_input(
     grad: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int, in_features: int
 ) -> Tensor:
     """``dx = dy W``: the forward product through the transposed index, over the same values."""
-    values = _dense_blocks(values)
-    indices = _indices(values, crow_indices, col_indices, out_features, in_features)
-    crow, cols, ids = indices.transposed
-    product = native.Product()
-    _fill(product, native.DTYPES[values.dtype], "none")
-    nnz, height, width = values.shape
-    product.weight = native.Weight(
-        values.data_ptr(), crow.data_ptr(), cols.data_ptr(), ids.data_ptr(),
-        in_features, out_features, width, height, values.stride(2), values.stride(1), height * width,
-    )  # fmt: skip
-    return _run(product, grad, out_features, in_features)[0]
+    product, alive = product_of(values, crow_indices, col_indices, None, None, out_features, in_features, "none")
+    product.weight = transposed_weight(alive[0], alive[1], out_features, in_features)
+    return _run(product, grad, values.dtype, out_features, in_features)
 
 
 def grad_values(
@@ -95,98 +91,122 @@ def grad_values(
 ) -> Tensor:
     """``dW = dyᵀ x`` at the stored blocks."""
     values = grad.new_empty(col_indices.shape[0], block_height, block_width)
-    indices = _indices(values, crow_indices, col_indices, out_features, in_features)
-    grad, x = _rows(grad, out_features), _rows(x, in_features)
-    if grad.shape[0] != x.shape[0] or grad.dtype != x.dtype:
-        raise MatrixError(
-            f"grad and x must have the same tokens and dtype, got {tuple(grad.shape)} of {grad.dtype} and "
-            f"{tuple(x.shape)} of {x.dtype}"
-        )
+    indices = indices_for(values, crow_indices, col_indices, out_features, in_features)
+    grad, x = rows_of(grad, out_features, grad.dtype), rows_of(x, in_features, grad.dtype)
+    if len(grad) != len(x):
+        raise MatrixError(f"grad and x must have the same tokens, got {len(grad)} and {len(x)}")
     sampled = native.Sampled(
-        _weight(values, indices, out_features, in_features), grad.data_ptr(), x.data_ptr(),
-        x.shape[0], grad.stride(0), x.stride(0), native.DTYPES[x.dtype], torch.get_num_threads(),
+        weight_of(values, indices, out_features, in_features), grad.data_ptr(), x.data_ptr(),
+        len(x), grad.stride(0), x.stride(0), native.DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    _check(native.library().sb_run_sampled(ctypes.byref(sampled)))
+    check(native.library().sb_run_sampled(ctypes.byref(sampled)))
     return values
 
 
-def _linear(
+def _run(product: ctypes.Structure, x: Tensor, dtype: torch.dtype, in_features: int, out_features: int) -> Tensor:
+    rows = rows_of(x, in_features, dtype)
+    y = x.new_empty(*x.shape[:-1], out_features)
+    product.x, product.x_stride, product.tokens = rows.data_ptr(), rows.stride(0), len(rows)
+    product.y, product.y_stride = y.data_ptr(), out_features
+    check(native.library().sb_run_product(ctypes.byref(product)))
+    return y
+
+
+# Below this many tokens a thread, sharing out block rows beats sharing out tokens: two products, hidden layer in memory.
+FUSED_TOKENS = 24
+
+
+def feed_forward(
+    x: Tensor,
+    first: Weight,
+    activation: str,
+    second: Weight,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``y = act(x W₁ᵀ + b₁) W₂ᵀ + b₂ + residual``; the hidden activations of a tile of tokens stay in the core's cache.
+
+    A weight is ``(values, crow_indices, col_indices, bias, out_features, in_features)``.
+    """
+    *_, hidden, in_features = first
+    *_, out_features, second_in = second
+    if hidden != second_in or first[0].dtype != second[0].dtype:
+        raise MatrixError(
+            f"the second weight must take the first's {hidden} outputs in {first[0].dtype}, "
+            f"got {second_in} in {second[0].dtype}"
+        )
+    dtype = first[0].dtype
+    rows = rows_of(x, in_features, dtype)
+    if len(rows) < FUSED_TOKENS * torch.get_num_threads():
+        return linear(linear(x, *first[:4], None, *first[4:], activation), *second[:4], residual, *second[4:], "none")
+    inner, alive = product_of(*first[:4], None, *first[4:], activation)
+    outer, alive_too = product_of(*second[:4], residual, *second[4:], "none")
+    y = x.new_empty(*x.shape[:-1], out_features)
+    inner.x, inner.x_stride, inner.tokens = rows.data_ptr(), rows.stride(0), len(rows)
+    outer.y, outer.y_stride, outer.tokens = y.data_ptr(), out_features, len(rows)
+    check(native.library().sb_run_feed_forward(ctypes.byref(native.FeedForward(inner, outer))))
+    return y
+
+
+def conv2d(
     x: Tensor,
     values: Tensor,
     crow_indices: Tensor,
     col_indices: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    out_features: int,
-    in_features: int,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
-    values = _dense_blocks(values)
-    indices = _indices(values, crow_indices, col_indices, out_features, in_features)
-    product = native.Product()
-    _fill(product, native.DTYPES[values.dtype], activation)
-    product.weight = _weight(values, indices, out_features, in_features)
-    if bias is not None:
-        bias = _vector(bias, values.dtype, out_features)
-        product.bias = bias.data_ptr()
+    weight_shape: tuple[int, int, int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+) -> Tensor:
+    """``y = act(conv(x, W) + b) + residual`` over channels-last images, with no copy of their windows in memory.
+
+    Args:
+        x: ``[n, c, h, w]``, best in ``torch.channels_last``, which is also the memory format of the result.
+        values: those of the BSR matrix that :func:`superblock.ops.convolution.matrix_of` makes of the kernel.
+        weight_shape: ``(out, c / groups, kernel height, kernel width)``.
+    """
+    out_channels, channels, *kernel = weight_shape
+    width = values.shape[2]
+    padded = math.ceil(channels / width) * width
+    in_features = math.prod(kernel) * padded
+    if x.dim() != 4 or x.shape[1] != channels * groups:
+        raise MatrixError(f"x must be [n, {channels * groups}, h, w], got {tuple(x.shape)}")
+    if groups > 1 and (out_channels // groups) % values.shape[1]:
+        raise MatrixError(
+            f"{out_channels} output channels in {groups} groups must divide into blocks of {values.shape[1]}"
+        )
+    images = x.movedim(1, -1)
+    images = images if images.stride(-1) == 1 else images.contiguous()
+    count, *size, _ = images.shape
+    out_size = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    y = x.new_empty(count, *out_size, out_channels)
     if residual is not None:
-        residual = _rows(residual, out_features)
-        product.residual, product.residual_stride = residual.data_ptr(), residual.stride(0)
-    return _run(product, x, in_features, out_features, keep)
+        residual = residual.movedim(1, -1)
+    product, alive = product_of(
+        values, crow_indices, col_indices, bias, residual, out_channels, in_features, activation
+    )
+    product.window = native.Window(
+        *kernel, *stride, *padding, *dilation, *size, *out_size, *images.stride()[:3], channels
+    )
+    product.x, product.y, product.y_stride = images.data_ptr(), y.data_ptr(), out_channels
+    product.tokens = count * math.prod(out_size)
+    for group in range(groups):
+        part = _group(product, group, groups, y.element_size()) if groups > 1 else product
+        check(native.library().sb_run_product(ctypes.byref(part)))
+    return y.movedim(-1, 1)
 
 
-def _fill(product: ctypes.Structure, dtype: int, activation: str) -> None:
-    product.dtype, product.activation, product.threads = dtype, native.ACTIVATIONS[activation], torch.get_num_threads()
-
-
-def _run(
-    product: ctypes.Structure, x: Tensor, in_features: int, out_features: int, keep: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    rows = _rows(x, in_features)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    z = torch.empty_like(y) if keep else None
-    product.x, product.x_stride, product.tokens = rows.data_ptr(), rows.stride(0), rows.shape[0]
-    product.y, product.y_stride = y.data_ptr(), out_features
-    if z is not None:
-        product.preactivation = z.data_ptr()
-    _check(native.library().sb_run_product(ctypes.byref(product)))
-    return y, z
-
-
-def _weight(values: Tensor, indices: Indices, out_features: int, in_features: int) -> ctypes.Structure:
-    _, height, width = values.shape
-    return native.Weight(
-        values.data_ptr(), indices.crow.data_ptr(), indices.cols.data_ptr(), None,
-        out_features, in_features, height, width, values.stride(1), values.stride(2), height * width,
-    )  # fmt: skip
-
-
-def _indices(values: Tensor, crow: Tensor, col: Tensor, out_features: int, in_features: int) -> Indices:
-    nnz, height, width = values.shape
-    return indices_of(crow, col, nnz, math.ceil(out_features / height), math.ceil(in_features / width))
-
-
-def _dense_blocks(values: Tensor) -> Tensor:
-    """Blocks one after another, each dense in either order."""
-    _, height, width = values.shape
-    if values.stride() in ((height * width, 1, height), (height * width, width, 1)):
-        return values
-    return values.contiguous()
-
-
-def _rows(x: Tensor, features: int) -> Tensor:
-    """``[tokens, features]`` with a dense last dimension; a view wherever one exists."""
-    rows = x if x.dim() == 2 else x.reshape(-1, features) if x.numel() else x.new_empty(0, features)
-    return rows if rows.stride(1) == 1 or features == 1 else rows.contiguous()
-
-
-def _vector(bias: Tensor, dtype: torch.dtype, features: int) -> Tensor:
-    if bias.shape != (features,) or bias.dtype != dtype:
-        raise MatrixError(f"bias must be [{features}] of {dtype}, got {tuple(bias.shape)} of {bias.dtype}")
-    return bias.contiguous()
-
-
-def _check(status: int) -> None:
-    if status:
-        raise BackendError("the native CPU core ran out of memory for its packed activations")
+def _group(whole: ctypes.Structure, group: int, groups: int, size: int) -> ctypes.Structure:
+    """One group's share of a convolution: its own block rows and channels, over the same memory."""
+    part = native.Product.from_buffer_copy(whole)
+    outputs = whole.weight.out_features // groups
+    part.weight.out_features = outputs
+    part.weight.crow += 4 * group * (outputs // whole.weight.block_out)
+    part.x += group * whole.window.channels * size
+    for name in ("y", "bias", "residual"):
+        if getattr(part, name):
+            setattr(part, name, getattr(part, name) + group * outputs * size)
+    return part

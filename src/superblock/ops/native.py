@@ -37,7 +37,7 @@ Weight = _structure(
 Window = _structure(
     "Window",
     ("kernel_h kernel_w stride_h stride_w padding_h padding_w dilation_h dilation_w", "int64"),
-    ("height width out_height out_width image_stride row_stride pixel_stride", "int64"),
+    ("height width out_height out_width image_stride row_stride pixel_stride channels", "int64"),
 )
 Product = _structure(
     "Product",
