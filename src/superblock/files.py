@@ -29,8 +29,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())
         write(temporary)
+        temporary.chmod(0o666 & ~_umask())  # After writing: safetensors puts a file of its own there.
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
