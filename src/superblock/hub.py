@@ -34,9 +34,9 @@ def is_uri(path: str | Path) -> bool:
     return str(path).startswith("hf://")
 
 
-def local_name(name: str) -> str:
+def local_name(name: str, repository: str = REPOSITORY) -> str:
     """The file that published weights are kept in: ``superblock-vit-b-16-sp0.80-ts32.pth``."""
-    return f"{REPOSITORY.rpartition('/')[2]}-{name}.pth"
+    return f"{repository.rpartition('/')[2]}-{name}.pth"
 
 
 def published_name(path: Path) -> str | None:

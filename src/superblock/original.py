@@ -126,7 +126,7 @@ def translate(
             f"({ignored[0]}scores, …): they stay dense",
         )
     flags = config or SupermaskConfig()
-    stored = _config(masked, state, _arguments(checkpoint), flags, source)
+    stored = _config(masked, state, training_arguments(checkpoint), flags, source)
     if stored.active:
         check_agreement(model, flags, stored, source)
     return Translation(
@@ -206,8 +206,8 @@ def _tile_size(noun: str, shapes: Sequence[tuple[tuple[int, ...], tuple[int, ...
     raise ConfigError(f"the tile size of the {noun} must explain their scores ({grids}): expected {expected}, {got}")
 
 
-def _arguments(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The training script's arguments, where the checkpoint holds them."""
+def training_arguments(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of the original's trainer, where the checkpoint holds them."""
     arguments = checkpoint.get("args")
     return arguments if isinstance(arguments, Mapping) else vars(arguments) if arguments is not None else {}
 

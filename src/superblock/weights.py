@@ -18,7 +18,7 @@ from superblock.convert import to_bsr
 from superblock.errors import CheckpointError, ConfigError
 from superblock.files import read_checkpoint
 from superblock.nn import BSRWeight
-from superblock.original import is_original, load_original
+from superblock.original import is_original, load_original, training_arguments
 from superblock.original_optimizer import states_by_name
 from superblock.report import Report
 from superblock.surgery import (
@@ -91,6 +91,8 @@ def open_weights(path: str | Path) -> WeightsFile:
                 f"{path} has format version {content.get('version')}, expected {checkpoint.VERSION}: upgrade superblock"
             )
         said = content.get("config") or {}
+    elif is_original(state):
+        said = {"architecture": training_arguments(content).get("model")}
     return WeightsFile(str(path), file, content, state, said)
 
 
@@ -156,7 +158,7 @@ class WeightsFile:
             "optimizer_by_name": states_by_name(content, model),
             "config": {"supermask": found.config.to_dict()},
         }
-        return Loaded(_form_of(model), found.config, upgraded, found.notices)
+        return Loaded(form_of(model), found.config, upgraded, found.notices)
 
     def _load_deployable(self, model: nn.Module, flags: SupermaskConfig, ema: bool) -> Loaded:
         if ema:
@@ -169,7 +171,7 @@ class WeightsFile:
         checkpoint.load(self.file, model)
         mark_folded([site for site in sites if _holds(model, site)], stored)
         notices = (f"{self.source} is sparse already: the sparsity flags change nothing",) if flags.active else ()
-        return Loaded(_form_of(model), stored if stored.active else None, None, notices)
+        return Loaded(form_of(model), stored if stored.active else None, None, notices)
 
     def _masked_by(self, flags: SupermaskConfig, model: nn.Module, content: dict[str, Any] | None) -> Loaded:
         """A dense state takes the masks of the flags."""
@@ -197,7 +199,7 @@ def take_form(model: nn.Module, sparsify: bool, bsr: int | None) -> Report | Non
     Raises:
         ConfigError: folding was asked for and there is no mask.
     """
-    form = _form_of(model)
+    form = form_of(model)
     if not sparsify or form == "bsr":
         return None
     if form == "dense":
@@ -235,7 +237,8 @@ def averaged_state(content: Mapping[str, Any], source: str) -> dict[str, Tensor]
     return {key.removeprefix("module."): value for key, value in averaged.items() if key != "n_averaged"}
 
 
-def _form_of(model: nn.Module) -> Form:
+def form_of(model: nn.Module) -> Form:
+    """The form that a model is in: the furthest that any of its layers has come."""
     if any(isinstance(module, BSRWeight) for module in model.modules()):
         return "bsr"
     if any(True for _ in masked_weights(model)):
