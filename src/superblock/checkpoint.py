@@ -14,6 +14,7 @@ from superblock.bsr import BSRMatrix
 from superblock.convert import dense_linear
 from superblock.errors import CheckpointError, MatrixError, ModelError
 from superblock.files import write_atomically
+from superblock.fuse import fuse_activations
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight
 from superblock.surgery import masked_weights
 
@@ -77,6 +78,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         if name.rpartition(".")[0] not in content["layers"]:  # An attention installs its projections itself.
             _install(model, name, content["layers"], tensors, path)
     load_matching(model, tensors, str(path))
+    fuse_activations(model)
     return model
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from superblock.bsr import BSRMatrix
 from superblock.errors import ConfigError, ModelError
+from superblock.fuse import fuse_activations
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight
 from superblock.report import LayerReport, Report
 from superblock.surgery import Fold, folds, folds_of, masked_weights
@@ -18,7 +19,7 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
     """Swap every folded layer for its BSR form, in place.
 
     Linear layers become :class:`BSRLinear`, 1×1 convolutions :class:`BSRConv2d`, ``nn.MultiheadAttention``
-    :class:`BSRMultiheadAttention`. What has no BSR form yet keeps its folded dense weight, and the report says why.
+    :class:`BSRMultiheadAttention`; the activation after a linear layer moves into it. What has no BSR form yet keeps its folded dense weight, and the report says why.
 
     Args:
         model: a model after :func:`sparsify_weights`.
@@ -55,6 +56,7 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
         for name, (weight, fold) in owned.items():
             lines.append(_line(f"{layer}.{name}", module, weight, fold, swaps.get(id(module)), name, reason))
     _replace(model, swaps)
+    fuse_activations(model)
     return Report(tuple(lines), parameters)
 
 

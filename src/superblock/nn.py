@@ -87,7 +87,12 @@ def _linear_through(input: Tensor, weight: _WeightRead, bias: Tensor | None = No
 
 
 class BSRLinear(BSRWeight):
-    """A linear layer over a block-sparse weight: ``y = x Wᵀ + b``, ``x [..., in]`` → ``[..., out]``."""
+    """A linear layer over a block-sparse weight: ``y = act(x Wᵀ + b)``, ``x [..., in]`` → ``[..., out]``.
+
+    ``activation`` is ``none`` until :func:`superblock.fuse.fuse_activations` moves one in.
+    """
+
+    activation = "none"
 
     @property
     def weight(self) -> Any:
@@ -95,7 +100,11 @@ class BSRLinear(BSRWeight):
         return _WeightRead(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(x)
+        return self.project(x, self.activation)
+
+    def extra_repr(self) -> str:
+        fused = "" if self.activation == "none" else f", activation={self.activation}"
+        return super().extra_repr() + fused
 
 
 class BSRConv2d(BSRWeight):
