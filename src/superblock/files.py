@@ -42,6 +42,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise :class:`CheckpointError` where ``path`` plainly cannot be written: before long work, not after it."""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if Path(path).is_dir():
+        raise CheckpointError(f"cannot write {path}: it is a folder, give the name of a file")
+    if not folder.is_dir():
+        raise CheckpointError(f"cannot write {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise CheckpointError(f"cannot write {path}: no permission to write in {folder}")
+
+
 def read_checkpoint(path: str | Path) -> Any:
     """Read a ``torch.save`` file of tensors, numbers, strings and containers; nothing in it is executed.
 

@@ -34,8 +34,7 @@ def draw_mask(mask: LayerMask, path: str | Path) -> Path:
     figure, axes = _figure(width + 1.6, height + 0.9)
     living = mask.mask.numpy()
     shades = np.ones(living.shape) if mask.scores is None else mask.scores.float().numpy()
-    palette = colormaps["viridis"].copy()
-    palette.set_bad(DEAD)
+    palette = colormaps["viridis"].with_extremes(bad=DEAD)
     image = axes.imshow(
         np.ma.masked_where(~living, shades), cmap=palette, interpolation="nearest", aspect="equal", resample=False
     )

@@ -25,7 +25,7 @@ from superblock.cli.options import (
 )
 from superblock.config import SupermaskConfig
 from superblock.errors import ConfigError
-from superblock.files import write_atomically
+from superblock.files import check_writable, write_atomically
 from superblock.report import Report, text_table
 from superblock.surgery import apply_supermask
 from superblock.verification import Verification, cast, verify_forms
@@ -112,8 +112,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if args.bfloat16 and args.float16:
         raise ConfigError("--bfloat16 and --float16 exclude each other: give one of them")
-    if args.json and args.json.is_dir():
-        raise ConfigError(f"--json {args.json} is a folder: give the name of a file")
+    if args.json:
+        check_writable(args.json)
 
 
 def _load(built: Built, file: WeightsFile | None, config: SupermaskConfig) -> None:

@@ -12,6 +12,7 @@ from superblock.checkpoint import save
 from superblock.cli.building import build_model
 from superblock.cli.options import add_sparsity_options, check_conversion, supermask_config
 from superblock.errors import ConfigError
+from superblock.files import check_writable
 from superblock.inspection import model_report
 from superblock.nn import BSRWeight
 from superblock.report import Report
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_conversion(args, config)
     if args.output.suffix != ".safetensors":
         raise ConfigError(f"--output must name a .safetensors file, got {args.output}")
+    check_writable(args.output)
     file = open_weights(args.checkpoint)
     built = build_model(args.model, file, image_size=args.image_size)
     loaded = file.load_into(built.model, config, ema=args.model_ema)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from superblock.cli.building import build_model
 from superblock.cli.options import add_sparsity_options, supermask_config
+from superblock.files import check_writable
 from superblock.inspection import layer_masks, model_report
 from superblock.weights import open_weights
 
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
     config = supermask_config(args)
+    if args.output_dir is not None:
+        check_writable(args.output_dir / "picture.png")
     file = open_weights(args.checkpoint)
     built = build_model(args.model, file, image_size=args.image_size)
     loaded = file.load_into(built.model, config, ema=args.model_ema)
