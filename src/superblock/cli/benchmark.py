@@ -157,7 +157,7 @@ def _table(timings: dict[str, Timing]) -> list[str]:
         )
         for name, timing in timings.items()
     ]
-    return text_table(("ms a batch", "median", "quartile 1", "quartile 3", "runs", "to model"), rows)
+    return text_table(("ms a batch", "median", "quartile 1", "quartile 3", "runs", "ratio to model"), rows)
 
 
 def _write(
