@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,11 @@ def dense_state(layer: nn.Module) -> dict[str, Tensor]:
 
 def identity() -> dict[str, Tensor]:
     return {"shift": torch.zeros(1), "scale": torch.ones(1)}
+
+
+def test_the_documented_example_runs() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/checkpoints.md", "exec"), names)
+    assert (names["layer"].weight == 0).float().mean() > 0.7
