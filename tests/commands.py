@@ -14,6 +14,7 @@ from superblock.files import write_checkpoint
 
 CONFIG = SupermaskConfig(linear=TileSparsity(0.9, 16))
 ORIGINAL = Path(__file__).parent / "data" / "original"
+ORIGINAL_MODEL = "vit:image_size=32,patch_size=8,num_layers=3,num_heads=4,hidden_dim=64,mlp_dim=128"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import CONFIG, ORIGINAL, digits_checkpoint, refused, run
+from commands import CONFIG, ORIGINAL, ORIGINAL_MODEL, digits_checkpoint, refused, run
 from safetensors import safe_open
 
 from superblock import load, models
@@ -70,13 +70,10 @@ def test_the_averaged_model_is_converted_on_request(
     torch.testing.assert_close(averaged, plain + 1)
 
 
-def test_an_original_checkpoint_is_converted(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_original_checkpoint_is_converted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     case = torch.load(ORIGINAL / "cases.pt", weights_only=True)["vit"][0]
-    build_tiny_vits(monkeypatch, case["model_kwargs"])
     target = tmp_path / "model.safetensors"
-    status, out, err = run(capsys, "convert", ORIGINAL / "model_3.pth", "-o", target)
+    status, out, err = run(capsys, "convert", ORIGINAL / "model_3.pth", "--model", ORIGINAL_MODEL, "-o", target)
     assert status == 0, err
     assert "attention out-projections carry scores that the original never applied" in out
     model = load(target).eval()
@@ -84,7 +81,7 @@ def test_an_original_checkpoint_is_converted(
         torch.testing.assert_close(model(case["x"]), case["logits_offline"], rtol=0, atol=1e-5)
     status, out, err = run(capsys, "benchmark", "--weights-path", target, "--device", "cpu", "-b", "2", "--iters", "1")
     assert status == 0, err
-    assert "vit_tiny, batch 2, 32 × 32" in out
+    assert f"{ORIGINAL_MODEL}, batch 2, 32 × 32" in out
 
 
 @pytest.mark.parametrize(
@@ -100,6 +97,7 @@ def test_an_original_checkpoint_is_converted(
         (("dense.pth", "-o", "out.safetensors"), r"dense\.pth does not name its architecture: give --model"),
         (("dense.pth", "-o", "out.safetensors", "--model", "vit_digits"), r"dense\.pth has no masks to convert"),
         (("dense.pth", "-o", "out.safetensors", "--model", "vit_digits", "--model-ema"), "no averaged weights"),
+        (("model_3.pth", "-o", "out.safetensors", "--model", "vit:num_layers=3"), "expected vit:image_size=<n>,patch"),
         (("cut.pth", "-o", "out.safetensors"), r"cut\.pth is truncated or not a checkpoint"),
     ],
 )
@@ -116,11 +114,3 @@ def test_what_cannot_be_converted_is_one_line_and_writes_nothing(
     before = sorted(path.name for path in Path().iterdir())
     assert re.search(message, refused(capsys, "convert", *arguments))
     assert sorted(path.name for path in Path().iterdir()) == before
-
-
-def build_tiny_vits(monkeypatch: pytest.MonkeyPatch, options: dict[str, int]) -> None:
-    """Let ``vit_tiny``, which the original's checkpoint names, be built."""
-    from torchvision.models import VisionTransformer
-
-    monkeypatch.setattr(models, "build", lambda name, **_: VisionTransformer(**options))
-    monkeypatch.setattr(models, "native_size", lambda name: options["image_size"])

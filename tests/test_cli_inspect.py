@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ORIGINAL, digits_checkpoint, refused, run
+from commands import ORIGINAL, ORIGINAL_MODEL, digits_checkpoint, refused, run
 from networks import ConvNet
 
 from superblock import SupermaskConfig, TileSparsity, apply_supermask, models, save, sparsify_weights, to_bsr
@@ -36,14 +36,8 @@ def test_every_weight_is_reported_and_drawn(capsys: pytest.CaptureFixture[str], 
     assert all(is_picture(picture) for picture in pictures)
 
 
-def test_an_original_checkpoint_is_reported(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torchvision.models import VisionTransformer
-
-    options = torch.load(ORIGINAL / "cases.pt", weights_only=True)["vit"][0]["model_kwargs"]
-    monkeypatch.setattr(models, "build", lambda name, **_: VisionTransformer(**options))
-    status, out, err = run(capsys, "inspect", ORIGINAL / "model_3.pth", "--model", "vit_tiny")
+def test_an_original_checkpoint_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "inspect", ORIGINAL / "model_3.pth", "--model", ORIGINAL_MODEL)
     assert status == 0, err
     assert "they stay dense" in out
     assert "sparsity of the 7 masked weights" in out

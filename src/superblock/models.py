@@ -1,4 +1,4 @@
-"""Models by name: torchvision's classifiers, timm's as ``timm:<name>``, and two small ViTs for small images."""
+"""Models by name: torchvision's classifiers, timm's as ``timm:<name>``, two small ViTs, and a ViT of any shape."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torchvision import models as zoo
 from superblock.errors import CheckpointError, ConfigError
 
 TIMM = "timm:"
+VIT = "vit:"
+VIT_OPTIONS = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
 
 # torchvision VisionTransformers of four layers and width 128 (0.8 million parameters).
 SMALL: dict[str, dict[str, int]] = {
@@ -29,8 +31,9 @@ def build(
     """Build a classifier, dense.
 
     Args:
-        name: a torchvision classifier, ``timm:<name>``, ``vit_digits`` (8×8 images in patches of 2) or ``vit_fashion``
-            (28×28 in patches of 4).
+        name: a torchvision classifier, ``timm:<name>``, ``vit_digits`` (8×8 images in patches of 2), ``vit_fashion``
+            (28×28 in patches of 4), or ``vit:image_size=32,patch_size=8,num_layers=3,num_heads=4,hidden_dim=64,
+            mlp_dim=128``, torchvision's ViT of that shape.
         num_classes: outputs; by default the model's own number (1000 for ImageNet's, 10 for the small ones).
         weights: pretrained weights by torchvision's name (``IMAGENET1K_V1``, ``DEFAULT``) or timm's tag.
         image_size: the side of a square image, told to models that are built for one size.
@@ -41,6 +44,8 @@ def build(
     """
     if name.startswith(TIMM):
         return _build_timm(name.removeprefix(TIMM), num_classes, weights, image_size)
+    if name.startswith(VIT):
+        return _build_vit(name, num_classes or 1000, weights, image_size)
     if name in SMALL:
         return _build_small(name, num_classes or 10, weights, image_size)
     if name not in names():
@@ -59,7 +64,9 @@ def names() -> list[str]:
 
 
 def native_size(name: str) -> int | None:
-    """The side of the images that one of our small models is made for; ``None`` for all others."""
+    """The side of the images that a small or a spelled-out ViT is made for; ``None`` for all others."""
+    if name.startswith(VIT):
+        return _vit_options(name)["image_size"]
     return SMALL[name]["image_size"] if name in SMALL else None
 
 
@@ -70,7 +77,7 @@ def takes_image_size(name: str) -> bool:
 
         found = timm.get_pretrained_cfg(name.removeprefix(TIMM))
         return bool(found and found.fixed_input_size)
-    return name.startswith(("vit_", "maxvit"))
+    return name.startswith(("vit_", VIT, "maxvit"))
 
 
 def check_image_size(model: nn.Module, name: str, size: int) -> None:
@@ -95,6 +102,22 @@ def _build_small(name: str, num_classes: int, weights: str | None, image_size: i
     options = {**SMALL[name], **_SMALL_SHAPE}
     options["image_size"] = image_size or options["image_size"]
     return _construct(name, None, lambda: zoo.VisionTransformer(**options, num_classes=num_classes))
+
+
+def _build_vit(name: str, num_classes: int, weights: str | None, image_size: int | None) -> nn.Module:
+    if weights is not None:
+        raise ConfigError(f"there are no published weights of {name}, got {weights!r}: leave --weights out")
+    options = _vit_options(name)
+    options["image_size"] = image_size or options["image_size"]
+    return _construct(name, None, lambda: zoo.VisionTransformer(**options, num_classes=num_classes))
+
+
+def _vit_options(name: str) -> dict[str, int]:
+    pairs = [part.partition("=") for part in name.removeprefix(VIT).split(",")]
+    options = {key.strip(): int(value) for key, _, value in pairs if value.strip().isdecimal()}
+    if len(options) != len(pairs) or set(options) != set(VIT_OPTIONS):
+        raise ConfigError(f"unknown model {name!r}: expected {VIT}{','.join(f'{key}=<n>' for key in VIT_OPTIONS)}")
+    return options
 
 
 def _build_timm(name: str, num_classes: int | None, weights: str | None, image_size: int | None) -> nn.Module:
