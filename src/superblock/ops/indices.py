@@ -1,10 +1,12 @@
-"""What the native core needs of a matrix's index tensors: checked and derived once, never stale."""
+"""What a backend needs of a matrix's index tensors: checked and derived once, never stale."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +33,10 @@ class Indices:
         return crow, rows[ids].int(), ids.int()
 
 
+_Derived = TypeVar("_Derived")
 _Key = tuple[int, int, int, int, int, int, int]
-_cache: dict[tuple[int, int], tuple[_Key, weakref.ref[Tensor], weakref.ref[Tensor], Indices]] = {}
+Memory = dict[tuple[int, int], tuple[_Key, weakref.ref[Tensor], weakref.ref[Tensor], _Derived]]
+_memory: Memory[Indices] = {}
 
 
 def indices_of(crow_indices: Tensor, col_indices: Tensor, nnz: int, block_rows: int, block_columns: int) -> Indices:
@@ -40,6 +44,23 @@ def indices_of(crow_indices: Tensor, col_indices: Tensor, nnz: int, block_rows: 
 
     Raises:
         MatrixError: the tensors do not index ``nnz`` blocks of a ``block_rows × block_columns`` grid.
+    """
+    return remembered(_memory, _derive, crow_indices, col_indices, nnz, block_rows, block_columns)
+
+
+def remembered(
+    memory: Memory[_Derived],
+    derive: Callable[[Tensor, Tensor, int, int, int], _Derived],
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    nnz: int,
+    block_rows: int,
+    block_columns: int,
+) -> _Derived:
+    """What ``derive`` makes of a pair of tensors and their sizes, made again only when either changed.
+
+    ``memory`` keeps it for as long as both tensors live. What is derived must keep alive what the tensors point to,
+    so that no new tensor can take an address that the memory knows.
     """
     names = (id(crow_indices), id(col_indices))
     try:
@@ -53,16 +74,16 @@ def indices_of(crow_indices: Tensor, col_indices: Tensor, nnz: int, block_rows: 
             block_columns,
         )
     except RuntimeError:  # Inference tensors count no versions, so nothing tells whether they changed.
-        return _derive(crow_indices, col_indices, nnz, block_rows, block_columns)
-    found = _cache.get(names)
+        return derive(crow_indices, col_indices, nnz, block_rows, block_columns)
+    found = memory.get(names)
     if found is not None and found[0] == key and found[1]() is crow_indices and found[2]() is col_indices:
         return found[3]
-    derived = _derive(crow_indices, col_indices, nnz, block_rows, block_columns)
+    derived = derive(crow_indices, col_indices, nnz, block_rows, block_columns)
 
     def forget(_: object) -> None:
-        _cache.pop(names, None)
+        memory.pop(names, None)
 
-    _cache[names] = (key, weakref.ref(crow_indices, forget), weakref.ref(col_indices, forget), derived)
+    memory[names] = (key, weakref.ref(crow_indices, forget), weakref.ref(col_indices, forget), derived)
     return derived
 
 
@@ -74,6 +95,5 @@ def _derive(crow: Tensor, col: Tensor, nnz: int, block_rows: int, block_columns:
                 f"got {tuple(index.shape)} of {index.dtype} on {index.device}"
             )
     check_indices(crow, col, block_columns)
-    # A view of the same memory, or a copy: either keeps what it points to alive, so that no new tensor can take the
-    # address that the key remembers.
+    # A view of the same memory, or a copy: either keeps alive what it points to.
     return Indices(crow.detach().int().contiguous(), col.detach().int().contiguous(), block_columns)
