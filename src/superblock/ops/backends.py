@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from superblock.errors import BackendError
 from superblock.ops import reference
 
 
@@ -20,7 +21,23 @@ def select(device_type: str, dtype: torch.dtype, block_height: int, block_width:
         if cpu.unsupported(dtype, block_height, block_width) is None:
             return cpu
         _warn_of_missing_core()
+    elif device_type == "cuda":
+        cuda = _cuda()
+        if cuda.unsupported(dtype, block_height, block_width) is None:
+            return cuda
     return reference
+
+
+def _cuda() -> ModuleType:
+    try:
+        from superblock.ops import cuda
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise BackendError(
+            "block-sparse products on a GPU need Triton, which is missing: pip install triton"
+        ) from error
+    return cuda
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,138 @@
+"""The configurations worth trying for a case, the one that a model of the device expects to win first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from torch import Tensor
+
+from superblock.ops.triton.launch import Device, device_of, precision_of
+from superblock.ops.triton.plans import Plan
+
+# What an H100 reaches, in TFLOP/s by kind of arithmetic and in TB/s from L2; only their ratios decide.
+PEAK = {"half": 700.0, "tf32": 350.0, "tf32x3": 115.0, "ieee": 45.0}
+L2_BANDWIDTH = 5.5
+# The share of the peak that narrow tiles reach on tensor cores.
+ROWS_REACH = {16: 0.15, 32: 0.3, 64: 0.85}
+OUTPUTS_REACH = {16: 0.3, 32: 0.55, 64: 0.85}
+DECODED_TOKENS = 4
+FEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel cuts its work: ``engine`` is ``product``, ``decode``, ``sampled`` or ``dense``.
+
+    ``m × n`` is the tile of one program, ``k`` its step along the sum, in elements.
+    """
+
+    engine: str
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    warps: int = 4
+    stages: int = 1
+
+
+DENSE = Config("dense")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product as the choice sees it: ``x [tokens, in]`` and a weight's shape, block and density."""
+
+    op: str
+    x: Tensor
+    plan: Plan
+    shape: tuple[int, int]
+    block: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def half(self) -> bool:
+        """Whether the operands are of 16 bits."""
+        return self.x.element_size() == 2
+
+    @property
+    def device(self) -> Device:
+        return device_of(self.x.device)
+
+    @property
+    def precision(self) -> str:
+        return precision_of(self.x.dtype, self.device.capability)
+
+    @property
+    def bucket(self) -> int:
+        """The power of two that tokens are rounded up to."""
+        return 1 << max(0, self.tokens - 1).bit_length()
+
+    @property
+    def name(self) -> str:
+        """What a file of results calls the case."""
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        numbers = dtype if dtype != "float32" else f"{dtype}/{self.precision}"
+        shape, block = (f"{rows}x{columns}" for rows, columns in (self.shape, self.block))
+        return "|".join(
+            (self.device.name, self.op, numbers, shape, block, f"{self.plan.density:.1g}", str(self.bucket))
+        )
+
+
+def product_configs(case: Case) -> list[Config]:
+    """For ``x Wᵀ`` and ``dy W``: all that fit the device, by expected time."""
+    block_out, block_in = case.block
+    if case.tokens <= DECODED_TOKENS:
+        tiles = ((16, 256), (8, 512), (16, 128), (4, 512))
+        return [Config("decode", case.bucket, n, k) for n, k in tiles]
+    sums, wide = (32768, 16384) if case.half else (8192, 8192)
+    depths = (16, 32, 64) if case.half else (16, 32)
+    rows = [m for m in (16, 32, 64, 128, 256) if m < 2 * case.tokens or m == 16]
+    # Parts of a block row fill the device when tokens are few; whole and merged rows share a tile of x.
+    outs = [n for n in (16, 32, 64, 128, 256) if n >= block_out or case.tokens <= FEW_TOKENS]
+    found = []
+    for m, n, k in product(rows, outs, depths):
+        gathers_and_merges = k > block_in and n > block_out
+        spills = m * n > sums or (m == 64 and n == 256) or (m == 256 and n == 128 and k == 64)
+        if gathers_and_merges or spills or k < min(block_in, depths[-1]):
+            continue
+        stages = _stages((m + n) * k * case.x.element_size(), case.device)
+        if stages >= 2:
+            found.append(Config("product", m, n, k, 8 if m >= 128 and m * n >= wide else 4, stages))
+    return sorted(found, key=lambda config: _expected(config, case))
+
+
+def sampled_configs(case: Case) -> list[Config]:
+    """For ``dyᵀ x`` at the living blocks: ``m`` gathered columns of ``x``, ``n`` outputs, ``k`` tokens a step."""
+    n, block_in = case.block
+    sums, wide = (32768, 16384) if case.half else (8192, 8192)
+    found = []
+    for m, k in ((256, 64), (128, 64), (128, 32), (64, 64), (64, 32)):
+        if m < block_in or (k == 64 and not case.half) or (m * n > sums and m > max(64, block_in)):
+            continue
+        stages = _stages((m + n) * k * case.x.element_size(), case.device)
+        found.append(Config("sampled", m, n, k, 8 if m * n >= wide else 4, max(2, stages)))
+    return found
+
+
+def _stages(bytes_a_stage: int, device: Device) -> int:
+    """The deepest pipeline of at most four stages that leaves some shared memory to the epilogue."""
+    return min(4, (device.shared_memory - 4096) // bytes_a_stage)
+
+
+def _expected(config: Config, case: Case) -> float:
+    """The relative time of a product, by the slower of tensor cores and L2, per token, input and output.
+
+    Merged rows multiply the union of their columns: at density ``d``, ``1 - (1 - d)^rows`` of all.
+    """
+    merged = max(1, config.n // case.block[0])
+    density = max(case.plan.density, 1e-6)
+    walked = 1 - (1 - density) ** merged
+    peak = PEAK["half" if case.half else case.precision]
+    peak *= ROWS_REACH.get(config.m, 1.0) * OUTPUTS_REACH.get(config.n, 1.0) * (0.7 if config.k < 32 else 1.0)
+    arithmetic = 2 * walked / peak
+    traffic = case.x.element_size() * (walked / config.n + density / config.m) / L2_BANDWIDTH
+    padding = -(-case.tokens // config.m) * config.m / case.tokens
+    return padding * (max(arithmetic, traffic) + 0.1 * min(arithmetic, traffic))
