@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -43,6 +45,10 @@ def threshold(scores: Tensor, live: int, keep_ties: bool = False) -> Tensor:
     if keep_ties:
         lowest = flat.float().kthvalue(flat.numel() - live + 1).values
         return scores.detach().float() >= lowest
+    kernels = _kernels(flat)
+    if kernels is not None and flat.numel() <= kernels.MOST_SCORES and flat.dtype in kernels.DTYPES:
+        mask: Tensor = kernels.threshold(scores.detach(), live)
+        return mask
     order = flat.argsort(descending=True, stable=True)
     return torch.zeros_like(flat, dtype=torch.bool).scatter(0, order[:live], True).view(scores.shape)
 
@@ -76,6 +82,20 @@ def tile_sums(x: Tensor, tile: Tile) -> Tensor:
     return x
 
 
+def _kernels(tensor: Tensor) -> Any:
+    """The fused kernels, for a CUDA tensor; a compiled graph fuses by itself, and without Triton torch does it all."""
+    return _fused() if tensor.is_cuda and not torch.compiler.is_compiling() else None
+
+
+@lru_cache(maxsize=1)
+def _fused() -> Any:
+    if find_spec("triton") is None:
+        return None
+    from superblock.ops.triton import masks
+
+    return masks
+
+
 class _StraightThrough(torch.autograd.Function):
     """``weight ⊙ mask``, whose gradient reaches the scores as if the threshold were the identity.
 
@@ -84,6 +104,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor, mask: Tensor, tile: Tile) -> Tensor:
+        kernels = _kernels(weight)
+        if kernels is not None and kernels.takes(weight, tile):
+            masked: Tensor = kernels.mask_tiles(weight, mask, tile)
+            return masked
         return mask_tiles(weight, mask, tile)
 
     @staticmethod
@@ -95,6 +119,10 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, mask = ctx.saved_tensors
+        kernels = None if torch.is_grad_enabled() else _kernels(weight)
+        if kernels is not None and kernels.takes(weight, ctx.tile) and grad.dtype == weight.dtype:
+            grad_weight, grad_scores = kernels.mask_gradients(grad, weight, mask, ctx.tile)
+            return grad_weight, grad_scores.to(ctx.scores_dtype), None, None
         grad_weight = mask_tiles(grad, mask, ctx.tile) if ctx.needs_input_grad[0] else None
         grad_scores = tile_sums(grad * weight, ctx.tile).to(ctx.scores_dtype) if ctx.needs_input_grad[1] else None
         return grad_weight, grad_scores, None, None
