@@ -6,7 +6,7 @@
 #include <string.h>
 
 static const sb_kernels *const all[] = {
-#if defined(__x86_64__)
+#ifdef SB_X86
     &sb_avx512bf16, &sb_avx512, &sb_avx2,
 #endif
     &sb_portable,
@@ -31,6 +31,8 @@ SB_API const char *sb_available(void) {
             used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", used ? " " : "", all[i]->name);
     return names;
 }
+
+SB_API const char *sb_current_name(void) { return sb_current()->name; }
 
 SB_API int sb_select(const char *name) {
     for (int i = 0; i < COUNT; i++)

@@ -55,7 +55,7 @@ typedef struct {
 } sb_kernels;
 
 extern const sb_kernels sb_portable;
-#if defined(__x86_64__)
+#ifdef SB_X86 /* set by the build where it compiles these */
 extern const sb_kernels sb_avx2, sb_avx512, sb_avx512bf16;
 #endif
 

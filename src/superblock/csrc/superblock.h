@@ -61,6 +61,8 @@ SB_API int sb_run_feed_forward(const sb_feed_forward *ff);
 SB_API int sb_run_sampled(const sb_sampled *sampled);
 /* The instruction sets of this build, best first, as "avx512bf16 avx512 ..."; those the machine lacks are left out. */
 SB_API const char *sb_available(void);
+/* The one in use. */
+SB_API const char *sb_current_name(void);
 /* Use the named instruction set; SB_UNSUPPORTED, and no change, unless it is available. */
 SB_API int sb_select(const char *name);
 /* Run on the calling thread only, from now on: OpenMP's pool does not survive fork. */

@@ -22,8 +22,8 @@ def product_of(
     out_features: int,
     in_features: int,
     activation: str,
-) -> tuple[ctypes.Structure, tuple[object, ...]]:
-    """A product that lacks only ``x`` and ``y``, and what must live until it has run."""
+) -> ctypes.Structure:
+    """A product that lacks only ``x`` and ``y``. Its ``alive`` keeps what it points to."""
     values = dense_blocks(values)
     indices = indices_for(values, crow_indices, col_indices, out_features, in_features)
     product = native.Product()
@@ -40,7 +40,8 @@ def product_of(
     if residual is not None:
         residual = rows_of(residual, out_features, values.dtype)
         product.residual, product.residual_stride = residual.data_ptr(), residual.stride(0)
-    return product, (values, indices, bias, residual)
+    product.alive = values, indices, bias, residual
+    return product
 
 
 def weight_of(values: Tensor, indices: Indices, out_features: int, in_features: int) -> ctypes.Structure:
@@ -84,6 +85,13 @@ def rows_of(x: Tensor, features: int, dtype: torch.dtype) -> Tensor:
         )
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), features)
     return rows if rows.stride(1) == 1 or features == 1 else rows.contiguous()
+
+
+def check_residual(product: ctypes.Structure, tokens: int) -> None:
+    """Raise :class:`MatrixError` unless a residual has as many rows as the result."""
+    residual = product.alive[-1]
+    if residual is not None and len(residual) != tokens:
+        raise MatrixError(f"residual must have the {tokens} tokens of x, got {len(residual)}")
 
 
 def check(status: int) -> None:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from superblock.errors import MatrixError
 from superblock.ops import native
-from superblock.ops.arguments import check, indices_for, product_of, rows_of, transposed_weight, weight_of
+from superblock.ops.arguments import (
+    check,
+    check_residual,
+    indices_for,
+    product_of,
+    rows_of,
+    transposed_weight,
+    weight_of,
+)
 
 Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]
 
@@ -27,7 +35,10 @@ def unsupported(dtype: torch.dtype, block_height: int, block_width: int) -> str 
         return f"the native core multiplies float32, bfloat16 and float16, not {dtype}"
     if block_height % MULTIPLE or block_width % MULTIPLE or not block_height or not block_width:
         return f"the native core takes block sides that are multiples of {MULTIPLE}, not {block_height} × {block_width}"
-    return native.missing()
+    reason = native.missing()
+    if reason is None:
+        native.library()  # Raises when it lacks what SUPERBLOCK_CPU_ISA asks for: nothing falls back silently.
+    return reason
 
 
 def pack(values: Tensor) -> Tensor:
@@ -47,9 +58,7 @@ def linear(
     activation: str,
 ) -> Tensor:
     """``y = act(x Wᵀ + b) + residual``."""
-    product, alive = product_of(
-        values, crow_indices, col_indices, bias, residual, out_features, in_features, activation
-    )
+    product = product_of(values, crow_indices, col_indices, bias, residual, out_features, in_features, activation)
     return _run(product, x, values.dtype, in_features, out_features)
 
 
@@ -64,7 +73,7 @@ def linear_with_preactivation(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """``(act(z), z)`` with ``z = x Wᵀ + b``, in one pass."""
-    product, alive = product_of(values, crow_indices, col_indices, bias, None, out_features, in_features, activation)
+    product = product_of(values, crow_indices, col_indices, bias, None, out_features, in_features, activation)
     z = x.new_empty(*x.shape[:-1], out_features)
     product.preactivation = z.data_ptr()
     return _run(product, x, values.dtype, in_features, out_features), z
@@ -74,8 +83,8 @@ def grad_input(
     grad: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int, in_features: int
 ) -> Tensor:
     """``dx = dy W``: the forward product through the transposed index, over the same values."""
-    product, alive = product_of(values, crow_indices, col_indices, None, None, out_features, in_features, "none")
-    product.weight = transposed_weight(alive[0], alive[1], out_features, in_features)
+    product = product_of(values, crow_indices, col_indices, None, None, out_features, in_features, "none")
+    product.weight = transposed_weight(*product.alive[:2], out_features, in_features)
     return _run(product, grad, values.dtype, out_features, in_features)
 
 
@@ -103,8 +112,15 @@ def grad_values(
     return values
 
 
-def _run(product: ctypes.Structure, x: Tensor, dtype: torch.dtype, in_features: int, out_features: int) -> Tensor:
+def _run(
+    product: ctypes.Structure,
+    x: Tensor,
+    dtype: torch.dtype,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
     rows = rows_of(x, in_features, dtype)
+    check_residual(product, len(rows))
     y = x.new_empty(*x.shape[:-1], out_features)
     product.x, product.x_stride, product.tokens = rows.data_ptr(), rows.stride(0), len(rows)
     product.y, product.y_stride = y.data_ptr(), out_features
@@ -112,7 +128,7 @@ def _run(product: ctypes.Structure, x: Tensor, dtype: torch.dtype, in_features: 
     return y
 
 
-# Below this many tokens a thread, sharing out block rows beats sharing out tokens: two products, hidden layer in memory.
+# Below this many tokens a thread, sharing out block rows beats sharing out tokens: two products, hidden in memory.
 FUSED_TOKENS = 24
 
 
@@ -123,7 +139,7 @@ def feed_forward(
     second: Weight,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``y = act(x W₁ᵀ + b₁) W₂ᵀ + b₂ + residual``; the hidden activations of a tile of tokens stay in the core's cache.
+    """``y = act(x W₁ᵀ + b₁) W₂ᵀ + b₂ + residual``: the hidden activations of a tile of tokens stay in the cache.
 
     A weight is ``(values, crow_indices, col_indices, bias, out_features, in_features)``.
     """
@@ -138,8 +154,9 @@ def feed_forward(
     rows = rows_of(x, in_features, dtype)
     if len(rows) < FUSED_TOKENS * torch.get_num_threads():
         return linear(linear(x, *first[:4], None, *first[4:], activation), *second[:4], residual, *second[4:], "none")
-    inner, alive = product_of(*first[:4], None, *first[4:], activation)
-    outer, alive_too = product_of(*second[:4], residual, *second[4:], "none")
+    inner = product_of(*first[:4], None, *first[4:], activation)
+    outer = product_of(*second[:4], residual, *second[4:], "none")
+    check_residual(outer, len(rows))
     y = x.new_empty(*x.shape[:-1], out_features)
     inner.x, inner.x_stride, inner.tokens = rows.data_ptr(), rows.stride(0), len(rows)
     outer.y, outer.y_stride, outer.tokens = y.data_ptr(), out_features, len(rows)
@@ -182,17 +199,18 @@ def conv2d(
     images = images if images.stride(-1) == 1 else images.contiguous()
     count, *size, _ = images.shape
     out_size = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    if min(out_size) < 1:
+        raise MatrixError(f"the window of {kernel[0]} × {kernel[1]} does not fit into images of {size[0]} × {size[1]}")
     y = x.new_empty(count, *out_size, out_channels)
     if residual is not None:
         residual = residual.movedim(1, -1)
-    product, alive = product_of(
-        values, crow_indices, col_indices, bias, residual, out_channels, in_features, activation
-    )
+    product = product_of(values, crow_indices, col_indices, bias, residual, out_channels, in_features, activation)
     product.window = native.Window(
         *kernel, *stride, *padding, *dilation, *size, *out_size, *images.stride()[:3], channels
     )
     product.x, product.y, product.y_stride = images.data_ptr(), y.data_ptr(), out_channels
     product.tokens = count * math.prod(out_size)
+    check_residual(product, product.tokens)
     for group in range(groups):
         part = _group(product, group, groups, y.element_size()) if groups > 1 else product
         check(native.library().sb_run_product(ctypes.byref(part)))

@@ -9,7 +9,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-import torch  # noqa: F401  Its OpenMP runtime must be loaded first: the core uses that one.
+import torch  # Its OpenMP runtime must be loaded first: the core uses that one.
 
 from superblock.errors import BackendError
 
@@ -100,7 +100,7 @@ def library() -> ctypes.CDLL:
         ("sb_run_sampled", Sampled),
     ):
         getattr(core, name).argtypes = [POINTER(structure)]
-    core.sb_available.restype = c_char_p
+    core.sb_available.restype = core.sb_current_name.restype = c_char_p
     core.sb_select.argtypes = [c_char_p]
     core.sb_select.restype = c_int
     os.register_at_fork(after_in_child=core.sb_disable_threads)
@@ -112,6 +112,12 @@ def available() -> list[str]:
     """The instruction sets that both the build and the machine have, best first."""
     names: bytes = library().sb_available()
     return names.decode().split()
+
+
+def current() -> str:
+    """The instruction set in use."""
+    name: bytes = library().sb_current_name()
+    return name.decode()
 
 
 def _choose(core: ctypes.CDLL, name: str | None) -> None:

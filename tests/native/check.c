@@ -1,0 +1,165 @@
+/* A self-check of the core without Python: random products on two threads against a plain double loop.
+ *
+ * Built by the tests for other machines (under emulation) and with ThreadSanitizer. Its own GOMP_parallel, on plain
+ * threads, stands in for the OpenMP runtime, which ThreadSanitizer cannot see through.
+ */
+#include "superblock.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct call {
+    void (*body)(void *);
+    void *data;
+};
+
+static void *run(void *call) {
+    ((struct call *)call)->body(((struct call *)call)->data);
+    return NULL;
+}
+
+static int parallel_calls;
+
+void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags) {
+    (void)flags;
+    parallel_calls++;
+    pthread_t others[8];
+    struct call call = {body, data};
+    for (unsigned i = 1; i < threads; i++) pthread_create(&others[i], NULL, run, &call);
+    body(data);
+    for (unsigned i = 1; i < threads; i++) pthread_join(others[i], NULL);
+}
+
+static uint32_t state = 12345;
+static uint32_t next(void) { return state = state * 1664525u + 1013904223u; }
+static int64_t below(int64_t n) { return (int64_t)((next() >> 8) % (uint32_t)n); }
+static double uniform(void) { return (double)(next() >> 8) / (1 << 23) - 1.0; }
+
+static uint16_t to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return (uint16_t)(bits >> 16);
+}
+static float from_bf16(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+/* Normal numbers only, which is all that this program stores. */
+static float from_f16(uint16_t h) {
+    uint32_t bits = (uint32_t)(h & 0x8000) << 16;
+    if (h & 0x7fff) bits |= (((uint32_t)(h & 0x7fff) << 13) + 0x38000000);
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+static uint16_t to_f16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if (fabsf(f) < 0x1p-14f) return (uint16_t)((bits >> 16) & 0x8000);
+    return (uint16_t)(((bits >> 16) & 0x8000) | (((bits & 0x7fffffff) - 0x38000000) >> 13));
+}
+
+static void put(void *base, int dtype, int64_t i, double v) {
+    if (dtype == SB_FLOAT32) ((float *)base)[i] = (float)v;
+    else ((uint16_t *)base)[i] = dtype == SB_BFLOAT16 ? to_bf16((float)v) : to_f16((float)v);
+}
+static double get(const void *base, int dtype, int64_t i) {
+    if (dtype == SB_FLOAT32) return ((const float *)base)[i];
+    uint16_t h = ((const uint16_t *)base)[i];
+    return dtype == SB_BFLOAT16 ? from_bf16(h) : from_f16(h);
+}
+
+static void *room(int64_t count, int dtype) {
+    void *base = malloc((size_t)(count + 1) * (dtype == SB_FLOAT32 ? 4 : 2)); /* + 1: never empty */
+    for (int64_t i = 0; i < count; i++) put(base, dtype, i, uniform());
+    return base;
+}
+
+static double activate(int activation, double z) {
+    switch (activation) {
+    case SB_RELU: return z > 0 ? z : 0;
+    case SB_GELU: return z * 0.5 * (1 + erf(z / sqrt(2)));
+    case SB_GELU_TANH: return z * 0.5 * (1 + tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)));
+    case SB_SILU: return z / (1 + exp(-z));
+    default: return z;
+    }
+}
+
+static int check(int round) {
+    const int dtype = round % SB_DTYPES, activation = round % SB_ACTIVATIONS, turned = round & 1;
+    const int64_t tokens = below(70), out = 1 + below(100), in = 1 + below(100);
+    const int64_t bh = 8 * (1 + below(6)), bw = 8 * (1 + below(6));
+    const int64_t rows = (out + bh - 1) / bh, columns = (in + bw - 1) / bw;
+    int32_t *crow = calloc((size_t)rows + 1, 4), *cols = calloc((size_t)(rows * columns), 4);
+    int32_t nnz = 0;
+    for (int64_t r = 0; r < rows; r++, crow[r] = nnz)
+        for (int32_t c = 0; c < columns; c++)
+            if (next() & 0x10000) cols[nnz++] = c;
+    void *values = room(nnz * bh * bw, dtype), *x = room(tokens * in, dtype), *bias = room(out, dtype);
+    void *residual = room(tokens * out, dtype), *y = room(tokens * out, dtype), *gradient = room(nnz * bh * bw, dtype);
+    const int64_t out_stride = turned ? bw : 1, in_stride = turned ? 1 : bh;
+    for (int64_t r = 0; r < rows; r++)
+        for (int32_t b = crow[r]; b < crow[r + 1]; b++)
+            for (int64_t i = 0; i < bh; i++)
+                for (int64_t j = 0; j < bw; j++)
+                    if (r * bh + i >= out || cols[b] * bw + j >= in)
+                        put(values, dtype, b * bh * bw + i * out_stride + j * in_stride, 0);
+    sb_product p = {
+        .weight = {values, crow, cols, NULL, out, in, bh, bw, out_stride, in_stride, bh * bw},
+        .x = x, .bias = bias, .residual = residual, .y = y,
+        .tokens = tokens, .x_stride = in, .y_stride = out, .residual_stride = out,
+        .dtype = dtype, .activation = activation, .threads = 2,
+    };
+    int bad = sb_run_product(&p) != SB_OK;
+    sb_sampled s = {p.weight, residual, x, tokens, out, in, dtype, 2};
+    s.weight.values = gradient;
+    bad |= sb_run_sampled(&s) != SB_OK;
+    /* Relative to sums of up to 100 products below 1: the dtype's own rounding of results up to about 10. */
+    const double tolerance = dtype == SB_FLOAT32 ? 1e-4 : dtype == SB_BFLOAT16 ? 0.15 : 0.02;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < bh && r * bh + i < out; i++) {
+                double z = get(bias, dtype, r * bh + i);
+                for (int32_t b = crow[r]; b < crow[r + 1]; b++)
+                    for (int64_t j = 0; j < bw && cols[b] * bw + j < in; j++)
+                        z += get(x, dtype, t * in + cols[b] * bw + j) *
+                             get(values, dtype, b * bh * bw + i * out_stride + j * in_stride);
+                const int64_t at = t * out + r * bh + i;
+                const double want = activate(activation, z) + get(residual, dtype, at);
+                if (!(fabs(get(y, dtype, at) - want) < tolerance)) bad = 1;
+            }
+    for (int64_t r = 0; r < rows; r++)
+        for (int32_t b = crow[r]; b < crow[r + 1]; b++)
+            for (int64_t i = 0; i < bh; i++)
+                for (int64_t j = 0; j < bw; j++) {
+                    double want = 0;
+                    for (int64_t t = 0; t < tokens && r * bh + i < out && cols[b] * bw + j < in; t++)
+                        want += get(residual, dtype, t * out + r * bh + i) * get(x, dtype, t * in + cols[b] * bw + j);
+                    if (!(fabs(get(gradient, dtype, (b * bh + i) * bw + j) - want) < tolerance)) bad = 1;
+                }
+    free(crow), free(cols), free(values), free(x), free(bias), free(residual), free(y), free(gradient);
+    return bad;
+}
+
+int main(int argc, char **argv) {
+    const int rounds = argc > 1 ? atoi(argv[1]) : 60;
+    char names[64];
+    strncpy(names, sb_available(), sizeof names - 1);
+    names[sizeof names - 1] = 0;
+    for (char *name = strtok(names, " "); name; name = strtok(NULL, " ")) {
+        if (sb_select(name) != SB_OK) return 1;
+        for (int round = 0; round < rounds; round++)
+            if (check(round)) {
+                printf("%s: round %d is wrong\n", name, round);
+                return 1;
+            }
+        printf("%s: %d rounds agree\n", name, rounds);
+    }
+    if (!parallel_calls) puts("the core never ran in parallel");
+    return !parallel_calls;
+}

@@ -1,0 +1,102 @@
+"""What the tests of the native core share: matrices, instruction sets, tolerances, builds of their own."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from superblock.ops import cpu, native
+
+CSRC = Path(__file__).parents[1] / "src/superblock/csrc"
+ISAS = [] if native.missing() else native.available()
+# Relative to the largest float64 result: half a unit of rounding of the result's dtype (2^-9 for bfloat16, 2^-12 for
+# float16) with room for the sum's own rounding, which for float32 grows with the square root of its length.
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+DTYPES = list(TOLERANCE)
+
+needs_core = pytest.mark.skipif(not ISAS, reason=native.missing() or "no instruction set")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of the machine in turn."""
+    native.select(request.param)
+    yield request.param
+    native.select(ISAS[0])
+
+
+def random_weight(
+    out_features: int,
+    in_features: int,
+    block: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    density: float = 0.4,
+    packed: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``values, crow_indices, col_indices``, zero beyond the edges; some rows are empty at low densities."""
+    rows, columns = math.ceil(out_features / block[0]), math.ceil(in_features / block[1])
+    living = torch.rand(rows, columns) < density
+    crow = torch.zeros(rows + 1, dtype=torch.int32)
+    crow[1:] = living.sum(1).cumsum(0)
+    row, col = living.nonzero().T
+    values = torch.randn(len(col), *block) / max(1.0, math.sqrt(in_features * density))
+    for index, count, size, axis in ((row, rows, out_features, 1), (col, columns, in_features, 2)):
+        edge = size - (count - 1) * block[axis - 1]
+        values[index == count - 1] = values[index == count - 1].index_fill(
+            axis, torch.arange(edge, block[axis - 1]), 0.0
+        )
+    values = values.to(dtype)
+    return (cpu.pack(values) if packed else values), crow, col.int()
+
+
+def assert_near(got: Tensor, want: Tensor) -> None:
+    """``got`` of any dtype against float64 ``want``."""
+    assert got.shape == want.shape
+    scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE[got.dtype] * scale)
+
+
+def compiler(name: str = "gcc") -> str:
+    """A C compiler, or skip."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"needs {name}")
+    return found
+
+
+X86_FILES = {
+    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "isa_avx512": ["-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+    "isa_avx512bf16": ["-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
+}
+
+
+def build(cc: str, target: Path, *flags: str, x86: bool, main: Path | None = None) -> None:
+    """Compile the core, every instruction set or the portable one alone, and link it, with ``main`` if given.
+
+    Unoptimized: a quarter of the time to compile the hundreds of tiles, which outweighs what they then take to run.
+    """
+    sources = [path for path in sorted(CSRC.glob("*.c")) if x86 or path.stem not in X86_FILES]
+    sources += [main] if main else []
+
+    def compiled(source: Path) -> str:
+        output = str(target.parent / f"{source.stem}.o")
+        own = [*X86_FILES.get(source.stem, []), *(["-DSB_X86"] if x86 else [])]
+        command = [cc, "-std=gnu11", "-O0", "-g", "-fPIC", *flags, *own, f"-I{CSRC}", "-c", str(source), "-o", output]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    kind = ["-rdynamic"] if main else ["-shared"]
+    subprocess.run([cc, *flags, *kind, *objects, "-o", str(target), "-lm", "-ldl", "-lpthread"], check=True)

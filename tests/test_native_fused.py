@@ -1,0 +1,103 @@
+"""The fused feed-forward and the convolutions, against the products and convolutions they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from native_cases import DTYPES, assert_near, isa, needs_core, random_weight
+
+from superblock.errors import MatrixError
+from superblock.ops import cpu, reference
+from superblock.ops.convolution import kernel_of, matrix_of
+
+pytestmark = [needs_core, pytest.mark.usefixtures("nan_filled", isa.__name__)]
+
+LAYERS = [
+    ((200,), 64, 128, 64, (16, 16), (16, 16)),
+    ((2, 49), 72, 100, 40, (32, 24), (8, 16)),
+    ((131,), 96, 90, 70, (16, 8), (64, 64)),
+    ((60,), 32, 33, 32, (64, 32), (8, 8)),
+    ((3,), 32, 64, 32, (16, 16), (16, 16)),
+    ((0,), 32, 64, 32, (16, 16), (16, 16)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("leading", "in_", "hidden", "out", "first_block", "second_block"), LAYERS)
+def test_feed_forward_matches_two_products(leading, in_, hidden, out, first_block, second_block, dtype) -> None:
+    first = (*random_weight(hidden, in_, first_block, dtype), torch.randn(hidden).to(dtype), hidden, in_)
+    second = (*random_weight(out, hidden, second_block, dtype), torch.randn(out).to(dtype), out, hidden)
+    x, residual = torch.randn(*leading, in_).to(dtype), torch.randn(*leading, out).to(dtype)
+    for activation in ("gelu", "relu", "none"):
+        y = cpu.feed_forward(x, first, activation, second, residual)
+        inner = reference.linear(
+            x.double(), first[0].double(), *first[1:3], first[3].double(), None, hidden, in_, activation
+        )
+        # The core rounds its hidden activations to the dtype only where its products take that dtype.
+        want = reference.linear(
+            inner, second[0].double(), *second[1:3], second[3].double(), residual.double(), out, hidden, "none"
+        )
+        assert_near(y, want)
+
+
+def test_weights_that_do_not_chain_are_refused() -> None:
+    first = (*random_weight(64, 32, (16, 16)), None, 64, 32)
+    second = (*random_weight(32, 48, (16, 16)), None, 32, 48)
+    with pytest.raises(MatrixError, match=r"must take the first's 64 outputs in torch\.float32, got 48"):
+        cpu.feed_forward(torch.zeros(2, 32), first, "relu", second)
+
+
+# (n, c, out, size, kernel, stride, padding, dilation, groups, block)
+CONVOLUTIONS = [
+    (2, 32, 48, 9, 3, 1, 1, 1, 1, 16),
+    (1, 20, 30, 11, 3, 2, 1, 1, 1, 8),
+    (2, 64, 64, 8, 1, 2, 0, 1, 1, 16),
+    (1, 32, 64, 10, 3, 1, 2, 2, 2, 16),
+    (2, 24, 32, 7, 5, 3, 2, 1, 1, 16),
+]
+
+
+def blocky_kernel(out: int, channels: int, size: int, block: int, dtype: torch.dtype) -> torch.Tensor:
+    living = torch.rand(-(-out // block), -(-channels // block)) < 0.5
+    tiles = living.repeat_interleave(block, 0).repeat_interleave(block, 1)[:out, :channels]
+    kernel = torch.randn(out, channels, size, size) / (channels * size * size) ** 0.5
+    return (kernel * tiles[:, :, None, None]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolution_matches_torch(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    count, channels, out, size, kernel, stride, padding, dilation, groups, block = case
+    weight = blocky_kernel(out, channels // groups, kernel, block, dtype)
+    matrix, bias = matrix_of(weight, block), torch.randn(out).to(dtype)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = torch.randn(count, channels, size, size).to(dtype).to(memory_format=memory_format)
+        want = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation, groups))
+        residual = torch.randn(want.shape).to(dtype)
+        y = cpu.conv2d(
+            x, matrix.values, matrix.crow_indices, matrix.col_indices, bias, residual, tuple(weight.shape),
+            (stride, stride), (padding, padding), (dilation, dilation), groups, "relu",
+        )  # fmt: skip
+        assert_near(y, want + residual.double())
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_kernel_survives_its_matrix() -> None:
+    kernel = blocky_kernel(24, 20, 3, 8, torch.float32)
+    assert torch.equal(kernel_of(matrix_of(kernel, 8), kernel.shape), kernel)
+
+
+def test_what_does_not_convolve_is_refused() -> None:
+    matrix = matrix_of(torch.ones(16, 8, 3, 3), 8)
+    arguments = (matrix.values, matrix.crow_indices, matrix.col_indices, None)
+    with pytest.raises(MatrixError, match=r"x must be \[n, 8, h, w\], got \(1, 9, 4, 4\)"):
+        cpu.conv2d(torch.zeros(1, 9, 4, 4), *arguments, None, (16, 8, 3, 3))
+    with pytest.raises(MatrixError, match="16 output channels in 4 groups must divide into blocks of 8"):
+        cpu.conv2d(torch.zeros(1, 32, 4, 4), *arguments, None, (16, 8, 3, 3), groups=4)
+    with pytest.raises(MatrixError, match="residual must have the 4 tokens of x, got 9"):
+        cpu.conv2d(torch.zeros(1, 8, 4, 4), *arguments, torch.zeros(1, 16, 3, 3), (16, 8, 3, 3))
+    with pytest.raises(MatrixError, match="the window of 3 × 3 does not fit into images of 2 × 2"):
+        cpu.conv2d(torch.zeros(1, 8, 2, 2), *arguments, None, (16, 8, 3, 3))
+    with pytest.raises(MatrixError, match=r"expected a kernel \[out, c, kh, kw\], got shape \(4, 4\)"):
+        matrix_of(torch.zeros(4, 4), 8)

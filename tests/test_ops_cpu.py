@@ -1,0 +1,219 @@
+"""The native core's products against the float64 reference: every instruction set, dtype and kind of shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from native_cases import DTYPES, assert_near, isa, needs_core, random_weight
+
+from superblock.errors import MatrixError
+from superblock.ops import ACTIVATIONS, cpu, reference
+
+pytestmark = [needs_core, pytest.mark.usefixtures("nan_filled", isa.__name__)]
+
+# (tokens, out, in, block): odd tokens, partial edges, blocks of one to eight panels, square and not, nothing at all.
+CASES = [
+    ((1,), 64, 64, (16, 16)),
+    ((5,), 100, 72, (32, 16)),
+    ((3, 67), 384, 192, (64, 64)),
+    ((33,), 130, 260, (48, 24)),
+    ((17,), 90, 91, (8, 8)),
+    ((2, 2, 16), 256, 128, (24, 40)),
+    ((29,), 96, 96, (128, 32)),
+    ((0,), 64, 64, (16, 16)),
+    ((3,), 40, 8, (40, 8)),
+]
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("leading", "out", "in_", "block"), CASES)
+def test_products_match_the_reference(leading, out, in_, block, dtype, packed) -> None:
+    values, crow, col = random_weight(out, in_, block, dtype, packed=packed)
+    x, grad = torch.randn(*leading, in_).to(dtype), torch.randn(*leading, out).to(dtype)
+    bias, residual = torch.randn(out).to(dtype), torch.randn(*leading, out).to(dtype)
+    wide = [tensor.double() for tensor in (x, values, grad, bias, residual)]
+    index = crow, col
+    for activation in ACTIVATIONS:
+        y = cpu.linear(x, values, *index, bias, residual, out, in_, activation)
+        assert_near(y, reference.linear(wide[0], wide[1], *index, wide[3], wide[4], out, in_, activation))
+        both = cpu.linear_with_preactivation(x, values, *index, bias, out, in_, activation)
+        for got, want in zip(
+            both,
+            reference.linear_with_preactivation(wide[0], wide[1], *index, wide[3], out, in_, activation),
+            strict=True,
+        ):
+            assert_near(got, want)
+    assert_near(
+        cpu.grad_input(grad, values, *index, out, in_), reference.grad_input(wide[2], wide[1], *index, out, in_)
+    )
+    assert_near(
+        cpu.grad_values(grad, x, *index, out, in_, *block),
+        reference.grad_values(wide[2], wide[0], *index, out, in_, *block),
+    )
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_strided_rows_and_either_index_type(index_dtype: torch.dtype) -> None:
+    values, crow, col = random_weight(48, 64, (16, 16))
+    whole = torch.randn(9, 2, 64)
+    x = whole[:, 1]
+    y = cpu.linear(x, values, crow.to(index_dtype), col.to(index_dtype), None, None, 48, 64, "none")
+    assert_near(y, reference.linear(x.double(), values.double(), crow, col, None, None, 48, 64, "none"))
+
+
+def test_a_last_dimension_that_is_not_dense_is_copied() -> None:
+    values, crow, col = random_weight(48, 64, (16, 16))
+    x = torch.randn(64, 9).T
+    y = cpu.linear(x, values, crow, col, None, None, 48, 64, "none")
+    assert_near(y, reference.linear(x.double(), values.double(), crow, col, None, None, 48, 64, "none"))
+
+
+def test_values_of_any_strides() -> None:
+    values, crow, col = random_weight(48, 64, (16, 16))
+    odd = values.permute(1, 0, 2).contiguous().permute(1, 0, 2)
+    x = torch.randn(9, 64)
+    y = cpu.linear(x, odd, crow, col, None, None, 48, 64, "none")
+    assert_near(y, reference.linear(x.double(), values.double(), crow, col, None, None, 48, 64, "none"))
+
+
+def test_no_blocks_at_all() -> None:
+    crow, col, values = torch.zeros(4, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0, 16, 16)
+    bias = torch.randn(48)
+    y = cpu.linear(torch.randn(5, 32), values, crow, col, bias, None, 48, 32, "none")
+    assert torch.equal(y, bias.expand(5, 48))
+    assert torch.equal(cpu.grad_input(torch.randn(5, 48), values, crow, col, 48, 32), torch.zeros(5, 32))
+    assert cpu.grad_values(torch.randn(5, 48), torch.randn(5, 32), crow, col, 48, 32, 16, 16).shape == (0, 16, 16)
+
+
+def test_large_results_and_more_tokens_than_a_tile() -> None:
+    """9 MB of float32, written past the caches."""
+    values, crow, col = random_weight(768, 32, (32, 32), density=0.5)
+    x = torch.randn(3001, 32)
+    for activation in ("none", "gelu"):
+        y = cpu.linear(x, values, crow, col, None, None, 768, 32, activation)
+        assert_near(y, reference.linear(x.double(), values.double(), crow, col, None, None, 768, 32, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_at_their_extremes(dtype: torch.dtype) -> None:
+    """An identity weight: what comes out is the activation of the bias-free input, NaN and infinities included."""
+    x = torch.cat(
+        [torch.linspace(-12, 12, 1001), torch.tensor([0.0, -0.0, 1e4, -1e4, torch.nan, torch.inf, -torch.inf])]
+    )
+    x = x.to(dtype)[:, None].expand(-1, 8).contiguous()
+    values, index = torch.eye(8).to(dtype)[None], torch.tensor([0, 1], dtype=torch.int32)
+    for activation in ACTIVATIONS:
+        y = cpu.linear(x[:-3], values, index, index[:1], None, None, 8, 8, activation)
+        want = reference.activate(x[:-3].double(), activation)
+        torch.testing.assert_close(y.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1.2e-6)
+        bias = x[-3:, 0]
+        specials = torch.stack(
+            [
+                cpu.linear(x[:1] * 0, values, index, index[:1], each.expand(8).contiguous(), None, 8, 8, activation)[
+                    0, 0
+                ]
+                for each in bias
+            ]
+        )
+        assert torch.equal(specials.isnan(), torch.tensor([True, False, False])), activation
+        assert specials[1] == torch.inf
+
+
+def test_gradients_are_the_same_bits_every_time_and_on_any_number_of_threads() -> None:
+    values, crow, col = random_weight(256, 192, (32, 32))
+    grad, x = torch.randn(301, 256), torch.randn(301, 192)
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append(
+            (
+                cpu.grad_input(grad, values, crow, col, 256, 192),
+                cpu.grad_values(grad, x, crow, col, 256, 192, 32, 32),
+            )
+        )
+    torch.set_num_threads(1)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"x": torch.zeros(2, 31)},
+            r"expected \[..., 32\] of torch.float32 on cpu, got \(2, 31\) of torch.float32 on cpu",
+        ),
+        ({"x": torch.zeros(2, 32).double()}, "got .* of torch.float64 on cpu"),
+        ({"bias": torch.zeros(47)}, r"bias must be \[48\] of torch.float32, got \(47,\) of torch.float32"),
+        ({"residual": torch.zeros(2, 47)}, r"expected \[..., 48\] .* got \(2, 47\)"),
+        ({"residual": torch.zeros(3, 48)}, r"residual must have the 2 tokens of x, got 3"),
+        ({"crow": torch.tensor([0, 1, 1])}, "crow_indices must be 4 entries of int32 or int64 on cpu"),
+        ({"crow": torch.tensor([0, 1, 1, 3])}, "crow_indices must rise from 0 to the 2 stored blocks"),
+        ({"crow": torch.tensor([0, 2, 1, 2])}, "crow_indices must rise"),
+        ({"col": torch.tensor([0.0, 1.0])}, "col_indices must be 2 entries of int32 or int64 on cpu"),
+        ({"col": torch.tensor([0, 2])}, r"col_indices must be in \[0, 2\)"),
+        ({"col": torch.tensor([-1, 1])}, r"col_indices must be in \[0, 2\)"),
+        ({"crow": torch.tensor([0, 2, 2, 2]), "col": torch.tensor([1, 0])}, "col_indices must ascend"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    arguments = {
+        "x": torch.zeros(2, 32),
+        "values": torch.zeros(2, 16, 16),
+        "crow": torch.tensor([0, 1, 1, 2]),
+        "col": torch.tensor([0, 1]),
+        "bias": None,
+        "residual": None,
+    } | change
+    with pytest.raises(MatrixError, match=message):
+        cpu.linear(*arguments.values(), 48, 32, "none")
+
+
+def test_gradients_of_unequal_tokens_are_refused() -> None:
+    _, crow, col = random_weight(48, 32, (16, 16))
+    with pytest.raises(MatrixError, match="grad and x must have the same tokens, got 2 and 3"):
+        cpu.grad_values(torch.zeros(2, 48), torch.zeros(3, 32), crow, col, 48, 32, 16, 16)
+
+
+def test_changed_indices_are_read_again() -> None:
+    """In place, by ``.data``, and freed and made again at the same address."""
+    values = torch.ones(1, 8, 8)
+    crow, col, x = torch.tensor([0, 1]), torch.tensor([0]), torch.arange(16.0)[None]
+
+    def first() -> float:
+        return float(cpu.linear(x, values, crow, col, None, None, 8, 16, "none")[0, 0])
+
+    assert first() == sum(range(8))
+    col[0] = 1
+    assert first() == sum(range(8, 16))
+    for _ in range(20):
+        col.data = torch.tensor([0])
+        assert first() == sum(range(8))
+        col.data = torch.tensor([1])
+        assert first() == sum(range(8, 16))
+    with torch.inference_mode():
+        crow, col = torch.tensor([0, 1]), torch.tensor([0])
+        assert first() == sum(range(8))
+        col[0] = 1
+        assert first() == sum(range(8, 16))
+    crow, col = torch.tensor([0, 1]), torch.tensor([0])
+    assert first() == sum(range(8))
+    col[0] = 2
+    with pytest.raises(MatrixError, match="in \\[0, 2\\)"):
+        first()
+
+
+def test_changed_values_are_read_again() -> None:
+    values, crow, col = random_weight(32, 32, (16, 16), packed=False)
+    x = torch.randn(4, 32)
+    for layout in (values, cpu.pack(values)):
+        before = cpu.linear(x, layout, crow, col, None, None, 32, 32, "none")
+        layout.data.mul_(2)
+        torch.testing.assert_close(cpu.linear(x, layout, crow, col, None, None, 32, 32, "none"), 2 * before)
+
+
+def test_what_is_unsupported_says_why() -> None:
+    assert cpu.unsupported(torch.float32, 16, 64) is None
+    assert "multiples of 8, not 16 × 12" in cpu.unsupported(torch.float32, 16, 12)
+    assert "not torch.float64" in cpu.unsupported(torch.float64, 16, 16)
