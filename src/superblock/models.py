@@ -19,7 +19,7 @@ VIT_OPTIONS = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_di
 
 # torchvision VisionTransformers of four layers and width 128 (0.8 million parameters).
 SMALL: dict[str, dict[str, int]] = {
-    "vit_digits": {"image_size": 8, "patch_size": 2},
+    "vit_digits": {"image_size": 8, "patch_size": 4},
     "vit_fashion": {"image_size": 28, "patch_size": 4},
 }
 _SMALL_SHAPE = {"num_layers": 4, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 512}
@@ -31,7 +31,7 @@ def build(
     """Build a classifier, dense.
 
     Args:
-        name: a torchvision classifier, ``timm:<name>``, ``vit_digits`` (8×8 images in patches of 2), ``vit_fashion``
+        name: a torchvision classifier, ``timm:<name>``, ``vit_digits`` (8×8 images in patches of 4), ``vit_fashion``
             (28×28 in patches of 4), or ``vit:image_size=32,patch_size=8,num_layers=3,num_heads=4,hidden_dim=64,
             mlp_dim=128``, torchvision's ViT of that shape.
         num_classes: outputs; by default the model's own number (1000 for ImageNet's, 10 for the small ones).

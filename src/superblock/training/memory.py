@@ -51,7 +51,7 @@ class AugmentedMemoryImages(MemoryImages):
     def __init__(self, data: SmallData, split: SmallImages, config: DataConfig, size: int, seed: int) -> None:
         super().__init__(data, split, config, size)
         self.each, self.erase = auto_augment(config), random_erase(config)
-        self.reach = max(1, round(data.shift * size))
+        self.reach = round(data.shift * size)
         self.seed = seed
         self.positions = len(self) * (config.ra_reps if config.ra_sampler else 1)
         self.set_epoch(0)

@@ -65,7 +65,7 @@ def _digits() -> SmallData:
         classes=10,
         mean=0.305,
         std=0.376,
-        shift=1 / 8,
+        shift=0.0,
         flip=False,
     )
 
