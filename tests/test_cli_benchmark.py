@@ -92,6 +92,12 @@ def test_a_checkpoint_says_which_model_it_is(capsys: pytest.CaptureFixture[str],
     assert "form: bsr" in out
 
 
+def test_images_have_the_side_that_the_model_is_built_for(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("benchmark", "--model", "timm:test_vit", "--device", "cpu", "-b", "1", "--iters", "1", "--warmup", "0")
+    assert "timm:test_vit, batch 1, 160 × 160" in run(capsys, *arguments)[1]
+    assert "timm:test_vit, batch 1, 64 × 64" in run(capsys, *arguments, "--val-crop-size", "64")[1]
+
+
 def test_threads_and_seed_are_heeded(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, *QUICK, "--threads", "1", "--seed", "7")[0] == 0
     assert torch.get_num_threads() == 1

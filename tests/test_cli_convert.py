@@ -10,7 +10,7 @@ import torch
 from commands import CONFIG, ORIGINAL, ORIGINAL_MODEL, digits_checkpoint, refused, run
 from safetensors import safe_open
 
-from superblock import load, models
+from superblock import apply_supermask, load, models
 from superblock.weights import load_weights
 
 
@@ -84,6 +84,20 @@ def test_an_original_checkpoint_is_converted(capsys: pytest.CaptureFixture[str],
     assert f"{ORIGINAL_MODEL}, batch 2, 32 × 32" in out
 
 
+def test_a_model_of_another_image_size_is_built_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = models.build("timm:test_vit", num_classes=3, image_size=32).eval()
+    apply_supermask(model, CONFIG)
+    described = {"architecture": "timm:test_vit", "num_classes": 3, "image_size": 32, "supermask": CONFIG.to_dict()}
+    content = {"format": "superblock", "version": 1, "model": model.state_dict(), "epoch": 0, "config": described}
+    torch.save(content, tmp_path / "model.pth")
+    target = tmp_path / "model.safetensors"
+    status, _, err = run(capsys, "convert", tmp_path / "model.pth", "-o", target)
+    assert status == 0, err
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(load(target).eval()(x), model(x), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,7 +105,7 @@ def test_an_original_checkpoint_is_converted(capsys: pytest.CaptureFixture[str],
         (("model_3.pth", "-o", "out.pth"), r"--output must name a \.safetensors file, got out\.pth"),
         (("model_3.pth", "-o", "out.safetensors", "--bsr", "24"), "block 24 and tile 16 .* must divide one another"),
         (("model_3.pth", "-o", "out.safetensors", "--model", "vit_digit"), "unknown model 'vit_digit'"),
-        (("model_3.pth", "-o", "out.safetensors", "--model", "vit_fashion"), r"another model .*of another shape \("),
+        (("model_3.pth", "-o", "out.safetensors", "--model", ORIGINAL_MODEL), r"another model .*of another shape \("),
         (("model_3.pth", "-o", "out.safetensors", "--sparsity-linear", "0.5"), "the flags give linear layers sparsity"),
         (("model_3.pth", "-o", "model_3.pth/out.safetensors"), "is not a folder"),
         (("dense.pth", "-o", "out.safetensors"), r"dense\.pth does not name its architecture: give --model"),

@@ -6,6 +6,8 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version as installed
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from superblock.version import version
 
+PACKAGES = ("torchvision", "timm", "triton")
 MOST_ITERATIONS, FEWEST_ITERATIONS, SECONDS = 100, 3, 20.0
 
 
@@ -106,6 +109,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "superblock": version(),
+        "packages": {name: installed(name) for name in PACKAGES if find_spec(name)},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -29,7 +29,8 @@ def save(model: nn.Module, path: str | Path, **description: Any) -> None:
         model: without masks; BSR layers are stored as values and indices, all else as it is.
         path: the file, ``*.safetensors``.
         **description: JSON values stored beside the tensors and returned by :func:`describe`. With ``architecture``
-            (a name that :func:`superblock.models.build` takes) and ``num_classes``, :func:`load` needs no model.
+            (a name that :func:`superblock.models.build` takes), ``num_classes`` and ``image_size``, :func:`load` needs
+            no model.
 
     Raises:
         ModelError: the model still has masks.
@@ -129,7 +130,9 @@ def _build(path: str | Path, content: dict[str, Any]) -> nn.Module:
         raise CheckpointError(f"{path} names no architecture: pass the dense model as the second argument of load")
     from superblock import models
 
-    return models.build(content["architecture"], num_classes=content.get("num_classes"))
+    return models.build(
+        content["architecture"], num_classes=content.get("num_classes"), image_size=content.get("image_size")
+    )
 
 
 def _describe(module: nn.Module) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from torch import nn
 from superblock.errors import ConfigError
 from superblock.weights import WeightsFile
 
-DEFAULT_IMAGE_SIZE = 224
+USUAL_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -53,4 +53,13 @@ def build_model(
     classes = file.num_classes if file is not None else None
     size = image_size or said.get("image_size") or models.native_size(name)
     model = models.build(name, num_classes=classes, weights=weights, image_size=size)
-    return Built(model, name, classes, size or DEFAULT_IMAGE_SIZE)
+    return Built(model, name, classes, size or _own_size(model))
+
+
+def _own_size(model: nn.Module) -> int:
+    """The side of the images that a model was built for, as torchvision's ViTs and timm's models say."""
+    own = getattr(model, "image_size", None)
+    if isinstance(own, int):
+        return own
+    described = getattr(model, "pretrained_cfg", None) or {}
+    return int(described.get("input_size", (3, USUAL_SIZE, USUAL_SIZE))[-1])
