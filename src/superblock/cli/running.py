@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any, get_args
 
 from superblock.cli.options import (
@@ -14,39 +15,18 @@ from superblock.cli.options import (
     supermask_config,
 )
 from superblock.errors import ConfigError
-from superblock.training.config import AverageConfig, DatasetName, EvalConfig, Interpolation, SplitName
+from superblock.training.config import (
+    AverageConfig,
+    DataConfig,
+    DatasetName,
+    EvalConfig,
+    Interpolation,
+    RunConfig,
+    SplitName,
+)
 
-DATA_OPTIONS = [
-    "dataset",
-    "split",
-    "batch_size",
-    "workers",
-    "interpolation",
-    "val_resize_size",
-    "val_crop_size",
-    "train_crop_size",
-    "auto_augment",
-    "ra_magnitude",
-    "augmix_severity",
-    "random_erase",
-    "mixup_alpha",
-    "cutmix_alpha",
-    "ra_sampler",
-    "ra_reps",
-]
-RUN_OPTIONS = [
-    "model",
-    "weights",
-    "weights_path",
-    "device",
-    "amp",
-    "label_smoothing",
-    "print_freq",
-    "seed",
-    "threads",
-    "world_size",
-    "dist_url",
-]
+DATA_OPTIONS = [field.name for field in fields(DataConfig)]
+RUN_OPTIONS = [field.name for field in fields(RunConfig)]
 
 
 def add_run_options(parser: argparse.ArgumentParser, epochs: str) -> None:
@@ -91,7 +71,7 @@ def add_run_options(parser: argparse.ArgumentParser, epochs: str) -> None:
 
 
 def given(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    """Those of the arguments that the command has."""
+    """Those of the fields that the command has an argument for, by that name."""
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 

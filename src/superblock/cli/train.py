@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import get_args
 
 from superblock.cli.running import add_run_options, average_config, data_options, eval_config, given, run_options
@@ -22,26 +23,8 @@ from superblock.training.config import (
 from superblock.training.fit import fit
 from superblock.training.state import find_checkpoint
 
-OPTIMIZER_OPTIONS = [
-    "lr",
-    "momentum",
-    "weight_decay",
-    "norm_weight_decay",
-    "bias_weight_decay",
-    "transformer_embedding_decay",
-    "score_lr",
-    "clip_grad_norm",
-]
-TRAIN_OPTIONS = [
-    "epochs",
-    "start_epoch",
-    "accumulation_steps",
-    "sync_bn",
-    "output_dir",
-    "resume",
-    "keep_checkpoints",
-    "tensorboard",
-]
+OPTIMIZER_OPTIONS = [field.name for field in fields(OptimizerConfig)]
+TRAIN_OPTIONS = [field.name for field in fields(TrainConfig)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,7 +95,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         warmup_method=args.lr_warmup_method,
         warmup_decay=args.lr_warmup_decay,
     )
-    options = {**run_options(args), **given(args, TRAIN_OPTIONS), "output_dir": args.output_dir or None}
+    options = {**given(args, TRAIN_OPTIONS), **run_options(args), "output_dir": args.output_dir or None}
     return TrainConfig(
         **options,
         data=DataConfig(**data_options(args)),

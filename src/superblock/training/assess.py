@@ -43,7 +43,7 @@ def _assess(config: EvalConfig, world: World, log: Log) -> Metrics:
     cast(model, dtype)
     model.to(world.device)
     loader = eval_loader(prepared.data, config.data, world)
-    log.line(f"{prepared.name} on {len(prepared.data.val)} images of {config.data.dataset}")
+    log.line(f"{prepared.name} on {config.data.dataset}")
     return evaluate(
         model,
         loader,

@@ -171,9 +171,6 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         _at_least(self, 1, "epochs", "accumulation_steps")
         _at_least(self, 0, "start_epoch", "keep_checkpoints")
-        warmup = self.schedule.warmup_epochs
-        if self.schedule.name == "cosineannealinglr" and warmup >= self.epochs:
-            raise ConfigError(f"warm-up epochs must be fewer than the {self.epochs} epochs, got {warmup}")
         if self.tensorboard and not self.output_dir:
             raise ConfigError("--tensorboard needs --output-dir: its event files go there")
         if self.resume == "auto" and not self.output_dir:

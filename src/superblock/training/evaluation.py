@@ -60,7 +60,7 @@ def evaluate(
         label_smoothing: of the loss.
         amp: compute under autocast.
         dtype: of the images.
-        log: prints progress, and the two result lines of the reference script.
+        log: prints progress, and the result, first the two lines of the reference script.
         name: what is evaluated, said in these lines: ``EMA``.
     """
     device = torch.device(device)
@@ -88,6 +88,7 @@ def evaluate(
     )
     log.line(f"{header} Total time: {duration(result.seconds)}")
     log.line(f"{header} Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}")
+    log.line(f"{header} Loss {result.loss:.4f} over {result.images} images, {result.images_per_second:.0f} images/s")
     return result
 
 

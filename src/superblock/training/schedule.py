@@ -34,4 +34,5 @@ def _main(optimizer: Optimizer, config: ScheduleConfig, epochs: int) -> LRSchedu
         return StepLR(optimizer, step_size=config.step_size, gamma=config.gamma)
     if config.name == "exponentiallr":
         return ExponentialLR(optimizer, gamma=config.gamma)
-    return CosineAnnealingLR(optimizer, T_max=epochs - config.warmup_epochs, eta_min=config.min_lr)
+    # A run that ends within its warm-up never gets here, but the scheduler wants a length.
+    return CosineAnnealingLR(optimizer, T_max=max(1, epochs - config.warmup_epochs), eta_min=config.min_lr)
