@@ -75,7 +75,7 @@ def test_an_original_checkpoint_is_converted(capsys: pytest.CaptureFixture[str],
     target = tmp_path / "model.safetensors"
     status, out, err = run(capsys, "convert", ORIGINAL / "model_3.pth", "--model", ORIGINAL_MODEL, "-o", target)
     assert status == 0, err
-    assert "attention out-projections carry scores that the original never applied" in out
+    assert "attention projections carry scores that the original never applied" in out
     model = load(target).eval()
     with torch.inference_mode():
         torch.testing.assert_close(model(case["x"]), case["logits_offline"], rtol=0, atol=1e-5)

@@ -71,7 +71,7 @@ def test_vision_transformers_give_the_original_logits_in_every_form(case: dict[s
     torch.testing.assert_close(model(case["x"]), case["logits_offline"], **TOLERANCE)
     to_bsr(model)
     torch.testing.assert_close(model(case["x"]), case["logits_offline"], **TOLERANCE)
-    assert "attention out-projections carry scores that the original never applied" in translation.notices[0]
+    assert "attention projections carry scores that the original never applied" in translation.notices[0]
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (7, 5, 3, 3), (6, 2, 3, 3), (9, 4, 1, 1), (3, 1)])
@@ -146,6 +146,27 @@ def test_a_checkpoint_is_recognised_by_its_keys() -> None:
     case = CASES["vit"][0]
     assert is_original(case["state_dict"])
     assert not is_original(VisionTransformer(**case["model_kwargs"]).state_dict())
+
+
+def test_swins_attention_stays_dense_for_it_reads_its_weights_directly_too() -> None:
+    from torchvision.models import SwinTransformer
+
+    options = {"patch_size": [4, 4], "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": [4, 4]}
+    dense = SwinTransformer(**options, num_classes=5)
+    state = dense_state(dense)
+    for name, module in dense.named_modules():
+        if isinstance(module, nn.Linear):
+            grid = [math.ceil(side / 4) for side in module.weight.shape]
+            state |= {f"{name}.{key}": value for key, value in {"scores": torch.randn(grid), **identity()}.items()}
+    model = SwinTransformer(**options, num_classes=5)
+    flags = SupermaskConfig(linear=TileSparsity(0.5, 4))
+    translation = load_original(model, state, flags)
+    masked = {name for name, *_ in masked_weights(model)}
+    assert masked == {*(f"features.1.{block}.mlp.{layer}" for block in (0, 1) for layer in (0, 3)), "head"}
+    assert translation.notices[0].startswith("4 attention projections")
+    for name in ("qkv", "proj"):
+        attention = f"features.1.0.attn.{name}.weight"
+        assert torch.equal(model.get_parameter(attention), dense.get_parameter(attention))
 
 
 def test_flags_are_asked_for_where_nothing_says_the_sparsity() -> None:

@@ -22,6 +22,10 @@ from superblock.errors import CheckpointError, ConfigError
 from superblock.surgery import apply_supermask
 from superblock.targets import WeightSite, weight_sites
 
+# Attentions that hand the weights of these children to a function and never call the children, so that the masking
+# layers which the original put there had no effect: torch's own, and torchvision's Swin.
+READ_DIRECTLY = {"MultiheadAttention": ("out_proj",), "ShiftedWindowAttention": ("qkv", "proj")}
+
 State = Mapping[str, Tensor]
 
 
@@ -122,7 +126,7 @@ def translate(
     notices: tuple[str, ...] = ()
     if ignored:
         notices = (
-            f"{len(ignored)} attention out-projections carry scores that the original never applied "
+            f"{len(ignored)} attention projections carry scores that the original never applied "
             f"({ignored[0]}scores, …): they stay dense",
         )
     flags = config or SupermaskConfig()
