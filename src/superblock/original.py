@@ -116,9 +116,10 @@ def translate(
     averaged: State | None = checkpoint.get("model_ema")
     sites = {_prefix(site.layer): site for site in weight_sites(model) if site.parameter == "weight"}
     never_applied = {
-        f"{_prefix(name)}out_proj."
+        f"{_prefix(name)}{child}."
         for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
+        for base in type(module).__mro__
+        for child in READ_DIRECTLY.get(base.__name__, ())
     }
     scored = scored_layers(state)
     masked = {prefix: sites[prefix] for prefix in scored if prefix in sites and prefix not in never_applied}
