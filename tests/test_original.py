@@ -16,7 +16,7 @@ from superblock.errors import CheckpointError, ConfigError
 from superblock.masks import threshold
 from superblock.original import is_original, load_layer, load_original
 from superblock.rules import make_mask, original_live_tiles
-from superblock.surgery import masked_weights
+from superblock.surgery import masked_weights, supermask_report
 
 VisionTransformer = pytest.importorskip("torchvision").models.VisionTransformer
 
@@ -116,6 +116,7 @@ def test_a_target_that_would_empty_a_layer_is_lowered() -> None:
     state = {**dense_state(layer), "scores": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), **identity()}
     load_layer(layer, state, 1.0, 4)
     assert (layer.weight != 0).sum() == 2 * 16
+    assert supermask_report(layer).layers[0].note == "too small for its target: 2 of 4 tiles must live"
 
 
 def test_the_tile_is_read_off_the_scores_where_they_leave_one_choice() -> None:

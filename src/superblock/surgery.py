@@ -199,7 +199,8 @@ def _fold_of(mask: Supermask) -> Fold:
 def _note(fold: Fold) -> str:
     tiles = math.prod(fold.grid)
     if round(fold.target.sparsity * tiles) >= tiles:
-        return f"too small for its target: 1 of {tiles} tile{'s' * (tiles > 1)} must live"
+        live = tiles - round(fold.sparsity * tiles)
+        return f"too small for its target: {live} of {tiles} tile{'s' * (tiles > 1)} must live"
     if fold.sparsity == 0 and fold.target.sparsity > 0:
         return f"too small for its target: all {tiles} tile{'s' * (tiles > 1)} live"
     return ""
