@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_digits import few_digits  # noqa: F401 (a fixture)
 
 from superblock import SupermaskConfig, TileSparsity
 from superblock.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -26,8 +27,6 @@ from superblock.training import (
     fit,
     loop,
 )
-from superblock.training import data as data_module
-from superblock.training.small import SmallData, SmallImages
 from superblock.training.state import find_checkpoint, save_checkpoint
 
 MASKS = SupermaskConfig(linear=TileSparsity(0.5, 16))
@@ -35,18 +34,6 @@ MASKS = SupermaskConfig(linear=TileSparsity(0.5, 16))
 
 class StopError(Exception):
     """What ends a run from outside."""
-
-
-@pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """48 digits to train on, 20 to evaluate: real ones, but soon done with."""
-    whole = data_module.load_small("digits", None)
-
-    def load(name: str, path: str | None) -> SmallData:
-        train = SmallImages(whole.train.images[:48], whole.train.labels[:48])
-        return replace(whole, train=train, val=SmallImages(whole.val.images[:20], whole.val.labels[:20]))
-
-    monkeypatch.setattr(data_module, "load_small", load)
 
 
 def config(folder: Path | None = None, **changes: Any) -> TrainConfig:
@@ -292,6 +279,7 @@ def test_a_run_that_cannot_be_meant_is_refused(changes: dict[str, Any], message:
         (lambda: DataConfig(random_erase=2), "random erase must be at most 1"),
         (lambda: DataConfig(dataset="cifar"), "dataset must be one of imagefolder, digits"),  # type: ignore[arg-type]
         (lambda: EvalConfig(bsr=16), "--bsr needs --sparsify-weights"),
+        (lambda: EvalConfig(average=True), "--model-ema needs --weights-path"),
     ],
 )
 def test_a_part_that_cannot_be_meant_is_refused(make: Any, message: str) -> None:

@@ -194,6 +194,8 @@ class EvalConfig(RunConfig):
         _one_of(self, "dtype", ("float32", "bfloat16", "float16"))
         if self.bsr is not None and not self.sparsify_weights:
             raise ConfigError("--bsr needs --sparsify-weights: only folded weights can be stored in blocks")
+        if self.average and self.weights_path is None:
+            raise ConfigError("--model-ema needs --weights-path: the average is in the checkpoint")
 
 
 def _values(config: object, names: tuple[str, ...]) -> list[tuple[str, float]]:

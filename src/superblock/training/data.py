@@ -27,6 +27,7 @@ from superblock.training.transforms import eval_transform, mixing, train_transfo
 FAKE_TRAIN, FAKE_VAL = 256, 64
 FAKE_CLASSES = 1000  # ImageNet's, so that its models fit.
 DEFAULT_FOLDER = "data"
+PHOTOGRAPH = 224
 SMALLEST_PHOTOGRAPH = 32  # What models made for photographs can take at the least.
 
 
@@ -62,9 +63,10 @@ def load_data(
     config = _with_size(config, image_size)
     if config.dataset in ("digits", "fashion-mnist"):
         return _load_small(config, model, training, seed)
-    train_size, val_size = config.train_crop_size or 224, config.val_crop_size or 224
+    usual = native_size(model) or PHOTOGRAPH
+    train_size, val_size = config.train_crop_size or usual, config.val_crop_size or usual
     _check_sizes(model, train_size, val_size, training)
-    resize = config.val_resize_size or max(256, val_size)
+    resize = config.val_resize_size or (max(256, val_size) if config.val_crop_size else usual * 8 // 7)
     transforms = train_transform(config, train_size), eval_transform(config, resize, val_size)
     if config.dataset == "fake":
         train, val = (

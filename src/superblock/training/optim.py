@@ -17,15 +17,8 @@ NORMALIZATIONS = (
     nn.modules.instancenorm._InstanceNorm,
     nn.LocalResponseNorm,
 )
-EMBEDDINGS = frozenset(
-    {
-        "class_token",
-        "position_embedding",
-        "relative_position_bias_table",  # torchvision's names, then timm's
-        "cls_token",
-        "pos_embed",
-    }
-)
+# By torchvision's names, then timm's.
+EMBEDDINGS = frozenset({"class_token", "pos_embedding", "relative_position_bias_table", "cls_token", "pos_embed"})
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
