@@ -43,6 +43,14 @@ def test_a_file_is_fetched_once_and_then_taken_from_the_cache(server: Hub, tmp_p
     assert server.gets() == [None]
 
 
+def test_large_files_come_from_the_storage_that_the_hub_redirects_to(server: Hub, tmp_path: Path) -> None:
+    server.storage = True
+    server.piece = 600_000
+    assert hub.fetch(URI).read_bytes() == CONTENT
+    assert server.gets() == [None, "bytes=600000-"]
+    assert all("/stored/" in path for method, path, _ in server.requests if method == "GET" and "agent" not in path)
+
+
 def test_the_cache_serves_without_a_connection(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = hub.fetch(URI)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

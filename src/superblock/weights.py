@@ -212,8 +212,11 @@ def take_form(model: nn.Module, sparsify: bool, bsr: int | None) -> Report | Non
 
 def is_safetensors(path: str | Path) -> bool:
     """Whether a file is safetensors, by its name or by the JSON header it opens with."""
-    with Path(path).open("rb") as stream:
-        return Path(path).suffix == ".safetensors" or stream.read(9)[8:] == b"{"
+    try:
+        with Path(path).open("rb") as stream:
+            return Path(path).suffix == ".safetensors" or stream.read(9)[8:] == b"{"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def state_of(content: Any, source: str) -> dict[str, Tensor]:
