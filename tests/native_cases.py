@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from superblock.ops import cpu, native
+from superblock.ops import native
+from superblock.ops.layout import feature_major
 
 CSRC = Path(__file__).parents[1] / "src/superblock/csrc"
 ISAS = [] if native.missing() else native.available()
@@ -55,7 +56,7 @@ def random_weight(
             axis, torch.arange(edge, block[axis - 1]), 0.0
         )
     values = values.to(dtype)
-    return (cpu.pack(values) if packed else values), crow, col.int()
+    return (feature_major(values) if packed else values), crow, col.int()
 
 
 def assert_near(got: Tensor, want: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from superblock.bsr import BSRMatrix
 from superblock.errors import ModelError
+from superblock.ops.layout import feature_major
 from superblock.ops.library import product
 
 
@@ -27,7 +28,8 @@ class BSRWeight(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         trainable = weight.values.is_floating_point()
-        self.values = nn.Parameter(weight.values.detach(), requires_grad=trainable)
+        values = feature_major(weight.values.detach()) if weight.values.device.type == "cpu" else weight.values.detach()
+        self.values = nn.Parameter(values, requires_grad=trainable)
         self.register_buffer("crow_indices", weight.crow_indices)
         self.register_buffer("col_indices", weight.col_indices)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)

@@ -1,7 +1,7 @@
 """The CPU backend: the products of :mod:`superblock.ops.reference`, multiplied by the native core.
 
-Weights whose blocks are stored feature-major (``values.stride() == (bh·bw, 1, bh)``, see :func:`pack`) are multiplied
-where they lie. Any other layout is turned a panel at a time while it is multiplied; nothing is kept.
+Weights laid out by :func:`superblock.ops.layout.feature_major` are multiplied where they lie. Those of any other layout
+are turned a panel at a time while they are multiplied; nothing is kept, so nothing can be stale.
 """
 
 from __future__ import annotations
@@ -39,11 +39,6 @@ def unsupported(dtype: torch.dtype, block_height: int, block_width: int) -> str 
     if reason is None:
         native.library()  # Raises when it lacks what SUPERBLOCK_CPU_ISA asks for: nothing falls back silently.
     return reason
-
-
-def pack(values: Tensor) -> Tensor:
-    """The same values with the memory layout that the forward product reads fastest: equal, indexed alike."""
-    return values.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def linear(
@@ -84,7 +79,7 @@ def grad_input(
 ) -> Tensor:
     """``dx = dy W``: the forward product through the transposed index, over the same values."""
     product = product_of(values, crow_indices, col_indices, None, None, out_features, in_features, "none")
-    product.weight = transposed_weight(*product.alive[:2], out_features, in_features)
+    product.weight = transposed_weight(product.alive[0], product.alive[1], out_features, in_features)
     return _run(product, grad, values.dtype, out_features, in_features)
 
 
