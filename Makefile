@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint types tests clean
+.PHONY: install demo test lint types tests clean check-gpu
 
 install: $(INSTALLED)
 
@@ -27,6 +27,10 @@ types: install
 
 tests: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# All GPU tests and benchmarks from a bare checkout; PYTHON needs only torch, torchvision and Triton. FAST=1: shorter.
+check-gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(if $(FAST),--fast)
 
 clean:
 	rm -rf $(VENV) build demo .mypy_cache .pytest_cache .ruff_cache

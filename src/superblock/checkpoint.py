@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from superblock.bsr import BSRMatrix
@@ -36,6 +34,8 @@ def save(model: nn.Module, path: str | Path, **description: Any) -> None:
         ModelError: the model still has masks.
         CheckpointError: the file cannot be written.
     """
+    from safetensors.torch import save_file  # Here and below: products need no file format.
+
     if any(True for _ in masked_weights(model)):
         raise ModelError("the masks are not folded yet: call sparsify_weights before save")
     tensors: dict[str, Tensor] = {}
@@ -66,6 +66,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         CheckpointError: the file is truncated, of another format, or of another model.
     """
+    from safetensors import SafetensorError, safe_open
+
     content = describe(path)
     if model is None:
         model = _build(path, content)
@@ -85,6 +87,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 def describe(path: str | Path) -> dict[str, Any]:
     """The JSON description in a file that :func:`save` wrote."""
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise CheckpointError(f"no model at {path}: give the path of a .safetensors file")
     try:

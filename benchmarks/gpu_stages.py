@@ -1,0 +1,348 @@
+"""What ``benchmarks/gpu.py`` runs: checks first, then products, training, decoding, vision transformers, masks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import triton_cases as cases
+from gpu_timing import Bench, verify
+from torch import Tensor, nn
+
+from superblock import BSRMatrix, SupermaskConfig, TileSparsity, apply_supermask, bsr_linear, sparsify_weights, to_bsr
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# name, shape, tokens
+SHAPES = (
+    ("4096", (4096, 4096), 16384),
+    ("ViT-B", (3072, 768), 50432),
+    ("ViT-L", (4096, 1024), 50432),
+    ("Llama-8B", (14336, 4096), 8192),
+    ("Llama-8B down", (4096, 14336), 8192),
+    ("4096, 64k", (4096, 4096), 65536),
+)
+SPARSITIES = {64: (0.4, 0.8, 0.9), 128: (0.25, 0.8, 0.9), 32: (0.65, 0.8, 0.9)}
+
+
+def check(bench: Bench) -> None:
+    """Every kernel against float64, and what only a GPU can show: graphs, streams, compiled graphs, big offsets."""
+    count = 0
+    known = (FP32, torch.float16) if bench.dry else cases.DTYPES  # The interpreter multiplies no bfloat16.
+    for place, (case, transposed) in enumerate(itertools.product(cases.PRODUCTS, (False, True))):
+        for dtype in known[place % len(known) :][:1] if bench.fast or bench.dry else known:
+            activation = cases.ACTIVATIONS[place % len(cases.ACTIVATIONS)]
+            cases.check_product(case, dtype, transposed, activation, bench.device)
+            count += 1
+        if bench.dry and place == 3:
+            break
+    for case, dtype in itertools.product(cases.SAMPLED[: 1 if bench.dry else None], known):
+        cases.check_sampled(case, dtype, bench.device)
+        count += 1
+    for (shape, tile), dtype in itertools.product(cases.MASKS, cases.DTYPES):
+        cases.check_masks(shape, tile, dtype, bench.device)
+        count += 1
+    if not bench.dry:
+        for tokens in ((40,), (3, 5), (1,), (0,), ()):
+            cases.check_backend(tokens, 0.4, BF16, bench.device)
+            count += 1
+        for only_here in (_graph, _streams, _compiled, _autocast, _far_offsets, _deterministic):
+            only_here(bench)
+            count += 1
+    bench.add("check", "all kernels against float64", passed=count)
+
+
+def _layer(bench: Bench, tokens: int = 512, side: int = 512, dtype: torch.dtype = BF16) -> tuple[Tensor, BSRMatrix]:
+    return torch.randn(tokens, side, device=bench.device, dtype=dtype), random_weight(
+        (side, side), 64, 0.8, bench, dtype
+    )
+
+
+def _graph(bench: Bench) -> None:
+    x, weight = _layer(bench)
+    bsr_linear(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = bsr_linear(x, weight)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    verify("a replayed graph", y, x.double() @ weight.to_dense().double().mT)
+
+
+def _streams(bench: Bench) -> None:
+    x, weight = _layer(bench)
+    want = x.double() @ weight.to_dense().double().mT
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            results.append(bsr_linear(x, weight))
+    torch.cuda.synchronize()
+    for y in results:
+        verify("several streams", y, want)
+
+
+def _compiled(bench: Bench) -> None:
+    x, weight = _layer(bench)
+
+    def step(x: Tensor, values: Tensor) -> Tensor:
+        index = weight.crow_indices, weight.col_indices
+        return torch.ops.superblock.bsr_linear(x, values, *index, None, None, *weight.shape, "gelu").square().mean()
+
+    values = weight.values.requires_grad_()
+    got, want = (
+        torch.autograd.grad(function(x, values), values)[0] for function in (torch.compile(step, fullgraph=True), step)
+    )
+    verify("torch.compile", got, want, 2e-2)
+
+
+def _autocast(bench: Bench) -> None:
+    x, weight = _layer(bench, dtype=FP32)
+    with torch.autocast("cuda", BF16):
+        y = bsr_linear(x, weight)
+    assert y.dtype == BF16
+    verify("autocast", y, x.double() @ weight.to_dense().double().mT, 1e-2)
+
+
+def _far_offsets(bench: Bench) -> None:
+    """Offsets beyond 32 bits, where memory allows them."""
+    tokens, side = 2**20 + 7, 4096
+    if bench.fast or torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        return
+    x = torch.empty(tokens, side, device=bench.device, dtype=BF16).normal_()
+    weight = random_weight((side, side), 64, 0.98, bench, BF16)
+    y = bsr_linear(x, weight)
+    verify("far tokens", y[-100:], x[-100:].double() @ weight.to_dense().double().mT)
+
+
+def _deterministic(bench: Bench) -> None:
+    x, weight = _layer(bench, 4096)
+    arguments = (x, x, weight.crow_indices, weight.col_indices, *weight.shape, 64, 64)
+    first, second = (torch.ops.superblock.bsr_grad_values(*arguments) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def random_weight(shape: tuple[int, int], block: int, sparsity: float, bench: Bench, dtype: torch.dtype) -> BSRMatrix:
+    """Random blocks, exactly as many as the sparsity says."""
+    rows, columns = -(-shape[0] // block), -(-shape[1] // block)
+    live = torch.randperm(rows * columns)[: max(1, round((1 - sparsity) * rows * columns))].sort().values
+    crow = torch.zeros(rows + 1, dtype=torch.int32)
+    crow[1:] = torch.bincount(live // columns, minlength=rows).cumsum(0)
+    values = torch.randn(len(live), block, block, device=bench.device).div_(shape[1] ** 0.5).to(dtype)
+    return BSRMatrix(crow.to(bench.device), (live % columns).int().to(bench.device), values, shape)
+
+
+def peaks(bench: Bench) -> None:
+    """What cuBLAS reaches here: the measure of every fraction."""
+    side = 32 if bench.dry else 8192
+    for dtype in (BF16, FP32):
+        a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
+        time = bench.contest({"dense": lambda a=a, b=b: a @ b})["dense"]
+        bench.peaks[str(dtype)] = 2 * side**3 / time / 1e9
+        bench.add("peak", f"{dtype} {side}³", ms=time, tflops=bench.peaks[str(dtype)])
+
+
+def product_cases(bench: Bench) -> Iterator[tuple[str, tuple[int, int], int, int, float]]:
+    """``(name, shape, tokens, block, sparsity)``, the most wanted first."""
+    if bench.dry:
+        yield "tiny", (64, 64), 32, 32, 0.5
+        return
+    for name, shape, tokens in SHAPES[:1] if bench.fast else SHAPES:
+        for sparsity in SPARSITIES[64]:
+            yield name, shape, tokens, 64, sparsity
+    name, shape, tokens = SHAPES[0]
+    for block in (128, 32):
+        for sparsity in SPARSITIES[block]:
+            yield name, shape, tokens, block, sparsity
+
+
+def products(bench: Bench) -> None:
+    """``act(x Wᵀ + b)`` against cuBLAS, eager and compiled, and torch's own BSR product."""
+    compiled = None if bench.dry else torch.compile(lambda x, w, b: F.gelu(F.linear(x, w, b)))
+    for name, shape, tokens, block, sparsity in product_cases(bench):
+        if skipped(bench, "product", name, 10):
+            continue
+        weight = random_weight(shape, block, sparsity, bench, BF16 if not bench.dry else FP32)
+        dense, x = weight.to_dense(), torch.randn(tokens, shape[1], device=bench.device, dtype=weight.values.dtype)
+        bias = torch.randn(shape[0], device=bench.device, dtype=x.dtype)
+        some = x[:256].double()
+        verify(name, bsr_linear(x, weight, bias)[:256], some @ dense.double().mT + bias.double())
+        calls: dict[str, Callable[[], object]] = {
+            "cublas": lambda x=x, w=dense, b=bias: F.linear(x, w, b),
+            "superblock": lambda x=x, w=weight, b=bias: bsr_linear(x, w, b),
+        }
+        if compiled and block == 64 and sparsity == 0.8:
+            calls["compiled gelu"] = lambda x=x, w=dense, b=bias: compiled(x, w, b)
+            calls["superblock gelu"] = lambda x=x, w=weight, b=bias: bsr_linear(x, w, b, "gelu")
+        if name == "4096" and not bench.dry:
+            calls |= torch_product(bench, x, weight, bias)
+        times = bench.contest(calls)
+        flops = 2 * tokens * weight.nnz * block * block / times["superblock"] / 1e9
+        bench.add(
+            "product", f"{name} {shape[0]}×{shape[1]}, {tokens} tokens, block {block}, {sparsity:.0%}", **_ms(times),
+            speedup=times["cublas"] / times["superblock"], tflops=flops, of_peak=flops / bench.peaks[str(x.dtype)],
+        )  # fmt: skip
+
+
+def torch_product(bench: Bench, x: Tensor, weight: BSRMatrix, bias: Tensor) -> dict[str, Callable[[], object]]:
+    """torch's ``bsr_dense_addmm`` as it comes, where it takes the case."""
+    theirs = weight.to_torch()
+    try:
+        F.linear(x, theirs, bias)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        bench.add("product", "bsr_dense_addmm", refused=str(error).splitlines()[0][:120])
+        return {}
+    return {"bsr_dense_addmm": lambda: F.linear(x, theirs, bias)}
+
+
+def tuned_torch_product(bench: Bench) -> None:
+    """torch's ``bsr_dense_addmm`` after its own tuning, as far as that gets in a minute."""
+    if bench.dry or bench.fast or skipped(bench, "product", "bsr_dense_addmm tuned", 80):
+        return
+    from torch.sparse._triton_ops_meta import optimize_bsr_dense_addmm
+
+    _, shape, tokens = SHAPES[0]
+    weight = random_weight(shape, 64, 0.8, bench, BF16)
+    x, bias = (torch.randn(*size, device=bench.device, dtype=BF16) for size in ((tokens, shape[1]), (shape[0],)))
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("stopped after a minute")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    try:
+        optimize_bsr_dense_addmm(shape[0], shape[1], tokens, 64, 64, dtype=BF16, sparsity=0.8, force=True)
+    except (RuntimeError, ValueError, AssertionError, TypeError, TimeoutError) as error:
+        bench.add("product", "bsr_dense_addmm tuning", stopped=str(error).splitlines()[0][:120])
+    finally:
+        signal.alarm(0)
+    calls = {"superblock": partial(bsr_linear, x, weight, bias), **torch_product(bench, x, weight, bias)}
+    bench.add("product", "bsr_dense_addmm tuned, 4096×4096, block 64, 80%", **_ms(bench.contest(calls)))
+
+
+def training(bench: Bench) -> None:
+    """Forward and backward, gradients of activations and weights."""
+    side, tokens, block = (64, 32, 32) if bench.dry else (4096, 16384, 64)
+    for sparsity in (0.8, 0.9):
+        if skipped(bench, "training", f"{sparsity:.0%}", 20):
+            continue
+        weight = random_weight((side, side), block, sparsity, bench, FP32 if bench.dry else BF16)
+        x = torch.randn(tokens, side, device=bench.device, dtype=weight.values.dtype, requires_grad=True)
+        dense, values, upstream = (
+            weight.to_dense().requires_grad_(),
+            weight.values.requires_grad_(),
+            torch.randn_like(x),
+        )
+
+        def sparse_step(x: Tensor = x, values: Tensor = values, w: BSRMatrix = weight, g: Tensor = upstream) -> object:
+            y = torch.ops.superblock.bsr_linear(x, values, w.crow_indices, w.col_indices, None, None, *w.shape, "none")
+            return torch.autograd.grad(y, (x, values), g)
+
+        def dense_step(x: Tensor = x, dense: Tensor = dense, upstream: Tensor = upstream) -> object:
+            return torch.autograd.grad(F.linear(x, dense), (x, dense), upstream)
+
+        (dx, _), (want, _) = sparse_step(), dense_step()
+        verify("dx", dx, want, 1e-2)
+        times = bench.contest({"cublas": dense_step, "superblock": sparse_step})
+        name = f"forward + backward {side}×{side}, {tokens} tokens, block {block}, {sparsity:.0%}"
+        bench.add("training", name, **_ms(times), speedup=times["cublas"] / times["superblock"])
+
+
+def decoding(bench: Bench) -> None:
+    """One token, bound by bandwidth."""
+    for shape in ((64, 64),) if bench.dry else ((14336, 4096), (4096, 14336)):
+        weight = random_weight(shape, 32 if bench.dry else 64, 0.9, bench, FP32 if bench.dry else BF16)
+        dense, x = weight.to_dense(), torch.randn(1, shape[1], device=bench.device, dtype=weight.values.dtype)
+        verify("one token", bsr_linear(x, weight), x.double() @ dense.double().mT)
+        calls = {"cublas": lambda x=x, w=dense: F.linear(x, w), "superblock": lambda x=x, w=weight: bsr_linear(x, w)}
+        times = bench.contest(calls)
+        rate = weight.values.nbytes / times["superblock"] / 1e6
+        name = f"one token {shape[1]} → {shape[0]}, block 64, 90%"
+        bench.add("decoding", name, **_ms(times), speedup=times["cublas"] / times["superblock"], gb_per_s=rate)
+
+
+def transformers(bench: Bench) -> None:
+    """Whole vision transformers, every linear layer sparse, encoder blocks compiled, against the compiled dense one."""
+    from torchvision.models import VisionTransformer, vit_b_16, vit_h_14
+
+    def tiny() -> nn.Module:
+        return VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=16)
+
+    plans = [("ViT-B/16", vit_b_16, BF16, (0.8, 64), (0.9, 64)), ("ViT-B/16", vit_b_16, FP32, (0.8, 64), (0.8, 32))]
+    if not bench.fast:
+        plans.insert(1, ("ViT-H/14", vit_h_14, BF16, (0.8, 64), (0.9, 64)))
+    for name, build, dtype, *targets in [("tiny", tiny, FP32, (0.5, 16))] if bench.dry else plans:
+        if skipped(bench, "transformer", f"{name} {dtype}", 60):
+            continue
+        with torch.device(bench.device):
+            dense = build().eval()
+        images = torch.randn(
+            2 if bench.dry else 256, 3, *(2 * [32 if bench.dry else 224]), device=bench.device, dtype=dtype
+        )
+        models = {"compiled dense": dense}
+        for sparsity, tile in targets:
+            model = copy.deepcopy(dense)
+            apply_supermask(model, SupermaskConfig(linear=TileSparsity(sparsity, tile)))
+            sparsify_weights(model)
+            folded = copy.deepcopy(model).to(dtype)
+            to_bsr(model)
+            model.to(dtype)
+            with torch.no_grad():
+                verify(name, model(images[:8]), folded(images[:8]), 3e-2 if dtype == BF16 else 1e-3)
+            models[f"{sparsity:.0%}/{tile}"] = model
+        dense.to(dtype)
+        for model in () if bench.dry else models.values():
+            for block in model.encoder.layers:
+                block.compile()
+        with torch.no_grad():
+            times = bench.contest({key: partial(model, images) for key, model in models.items()})
+        first = times["compiled dense"]
+        speedups = {f"speedup {key}": first / time for key, time in times.items() if key != "compiled dense"}
+        bench.add("transformer", f"{name}, batch {len(images)}, {dtype}", **_ms(times), **speedups)
+
+
+def mask_overhead(bench: Bench) -> None:
+    """A masked training step of ViT-B/16 over the dense one."""
+    from torchvision.models import VisionTransformer, vit_b_16
+
+    if skipped(bench, "mask", "training step", 20):
+        return
+    with torch.device(bench.device):
+        dense = VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=16) if bench.dry else vit_b_16()
+    masked = copy.deepcopy(dense)
+    apply_supermask(masked, SupermaskConfig(linear=TileSparsity(0.8, 32)))
+    batch, side = (2, 32) if bench.dry else (128, 224)
+    images = torch.randn(batch, 3, side, side, device=bench.device)
+    labels = torch.zeros(batch, dtype=torch.long, device=bench.device)
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+        def run() -> None:
+            with torch.autocast(torch.device(bench.device).type, BF16):
+                loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+        return run
+
+    times = bench.contest({"dense": step(dense), "masked": step(masked)}, graphs=False)
+    bench.add("mask", f"training step, batch {batch}", **_ms(times), overhead=times["masked"] / times["dense"])
+
+
+def skipped(bench: Bench, stage: str, name: str, seconds: float) -> bool:
+    """Whether too little time is left, which the result then says."""
+    if bench.left < seconds:
+        bench.add(stage, name, skipped="no time left")
+        return True
+    return False
+
+
+def _ms(times: dict[str, float]) -> dict[str, float]:
+    return {f"{name} ms": time for name, time in times.items()}
