@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 from few_digits import few_digits  # noqa: F401 (a fixture)
 from images import write_images
 
-from superblock import SupermaskConfig, TileSparsity, apply_supermask, models
+from superblock import SupermaskConfig, TileSparsity, apply_supermask, models, save, sparsify_weights, to_bsr
 from superblock.cli.evaluate import parser
 from superblock.cli.main import run
 from superblock.cli.running import data_options, eval_config
-from superblock.training import DataConfig, EvalConfig, evaluate
+from superblock.training import DataConfig, EvalConfig, evaluate, setup
 
 CARD = (
     "--model vit_b_16 --batch-size 256 --sparsity-linear 0.9 --sp-linear-tile-size 32 --weights-path checkpoint.pth "
@@ -65,6 +66,20 @@ def test_a_folder_of_two_classes_is_evaluated_in_every_form(tmp_path: Path, caps
     assert lines[0] == lines[1] == lines[2]
     assert all("over 4 images" in out for out in outs)
     assert "sparsity of the 17" in outs[2]
+    sparsify_weights(model)
+    to_bsr(model)
+    described = {name: said[name] for name in ("architecture", "num_classes", "image_size", "supermask")}
+    save(model, tmp_path / "deployable.safetensors", **described)
+    deployed = evaluated(capsys, common, "--weights-path", tmp_path / "deployable.safetensors")
+    assert lines[0][0] in deployed
+
+
+def test_images_are_cut_as_pretrained_weights_were_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup.models, "build", lambda *_, **options: models.zoo.efficientnet_b1())
+    run_config = EvalConfig(model="efficientnet_b1", weights="IMAGENET1K_V1", data=DataConfig(dataset="fake"))
+    assert setup.prepare(run_config, None, training=False).data.image_size == 240
+    sized = replace(run_config, data=DataConfig(dataset="fake", val_crop_size=64))
+    assert setup.prepare(sized, None, training=False).data.image_size == 64
 
 
 @pytest.mark.usefixtures("few_digits")

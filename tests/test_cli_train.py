@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from few_digits import few_digits  # noqa: F401 (a fixture)
 from images import write_fashion
 
 from superblock import SupermaskConfig, TileSparsity
+from superblock.cli.evaluate import parser as evaluate_parser
 from superblock.cli.main import run
 from superblock.cli.train import parser, train_config
 from superblock.errors import ConfigError
@@ -23,6 +25,7 @@ from superblock.training import AverageConfig, DataConfig, OptimizerConfig, Sche
 from superblock.training.state import prepare_folder
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTATION = ROOT / "docs" / "training.md"
 ORIGINAL = Path(__file__).parent / "data" / "original" / "model_3.pth"
 CARD = (
     "--model vit_b_16 --epochs 300 --batch-size 512 --opt adamw --lr 0.003 --wd 0.3 --lr-scheduler cosineannealinglr "
@@ -98,6 +101,24 @@ def test_every_other_flag_reaches_the_configuration(tmp_path: Path) -> None:
         world_size=2,
         dist_url="tcp://host:1",
     )
+
+
+def test_every_line_of_the_documentation_can_be_meant() -> None:
+    lines = re.findall(r"^(?:torchrun|python) .*?(train|evaluate)\.py(.*)$", DOCUMENTATION.read_text(), re.MULTILINE)
+    assert len(lines) > 15
+    for command, arguments in lines:
+        if command == "train":
+            train_config(parser().parse_args([*shlex.split(arguments), "--device", "cpu"]))
+        else:
+            evaluate_parser().parse_args(shlex.split(arguments))
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_the_documented_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
+    exec(example, {})
+    assert (tmp_path / "digits" / "checkpoint.pth").exists()
 
 
 @pytest.mark.usefixtures("few_digits")

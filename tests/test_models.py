@@ -89,3 +89,10 @@ def test_sizes_that_a_model_cannot_take_are_refused() -> None:
         models.build("vit_fashion", image_size=30)
     with pytest.raises(ConfigError, match=r"alexnet cannot take images of 16×16 \(.*\): set --train-crop-size"):
         models.check_image_size(models.build("alexnet"), "alexnet", 16)
+
+
+def test_pretrained_weights_say_how_images_are_cut_for_them() -> None:
+    assert models.preprocessing("efficientnet_b1", "IMAGENET1K_V1") == (256, 240, "bicubic")
+    assert models.preprocessing("resnet50", "ResNet50_Weights.IMAGENET1K_V2") == (232, 224, "bilinear")
+    assert models.preprocessing("vit_digits", "DEFAULT") is None
+    assert models.preprocessing("timm:resnet18", "DEFAULT") is None

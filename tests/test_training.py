@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from few_digits import few_digits  # noqa: F401 (a fixture)
+from images import write_images
 
 from superblock import SupermaskConfig, TileSparsity
 from superblock.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -100,6 +101,20 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: Path, 
     speed = {"images_per_second"}
     pairs = zip(whole.history, resumed.history, strict=True)
     assert all({k: x[k] for k in x if k not in speed} == {k: y[k] for k in y if k not in speed} for x, y in pairs)
+
+
+def test_a_folder_read_by_workers_resumes_exactly_whatever_their_number(tmp_path: Path) -> None:
+    write_images(write_images(tmp_path, "train"), "val")
+    changes: dict[str, Any] = {"model": "vit_fashion", "average": None, "epochs": 2, "schedule": ScheduleConfig()}
+    one, two = (
+        {**changes, "data": DataConfig(path=str(tmp_path), batch_size=4, auto_augment="ta_wide", workers=workers)}
+        for workers in (0, 2)
+    )
+    whole = fit(config(**one), quiet=True)
+    stopped = config(tmp_path / "out", resume="auto", **two)
+    with pytest.raises(StopError):
+        fit(stopped, quiet=True, on_epoch=stop_after(0))
+    assert same(whole.model.state_dict(), fit(stopped, quiet=True).model.state_dict())
 
 
 @pytest.mark.usefixtures("few_digits")

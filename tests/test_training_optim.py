@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from superblock import SupermaskConfig, TileSparsity, apply_supermask, models, score_parameters
 from superblock.training.average import make_average, update_average
 from superblock.training.config import AverageConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from superblock.training.log import duration
+from superblock.training.log import Log, duration
 from superblock.training.loop import Plan
 from superblock.training.optim import make_optimizer, parameter_groups
 from superblock.training.resume import advance
@@ -141,3 +143,20 @@ def test_the_images_of_an_epoch_divide_into_updates() -> None:
 def test_durations_read_as_hours_minutes_and_seconds() -> None:
     assert duration(12.9) == "0:00:12"
     assert duration(3723) == "1:02:03"
+
+
+def test_a_terminal_shows_a_bar_and_a_file_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log(every=2)
+    for _ in log.track(range(3), "Epoch: [0]", steps=3, images=8):
+        log.status = "loss 1.0"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["Epoch: [0] [2/3]", "Epoch: [0] [3/3]"]
+    assert all(line.endswith("loss 1.0") and "images/s  left 0:00:00" in line for line in lines)
+    log = Log()
+    log.console = Console(file=sys.stdout, force_terminal=True, width=120)
+    assert list(log.track(range(3), "Epoch: [0]", steps=3, images=8)) == [0, 1, 2]
+    shown = capsys.readouterr().out
+    assert "3/3" in shown
+    assert "images/s" in shown
+    assert list(Log(quiet=True).track(range(3), "", steps=3, images=8)) == [0, 1, 2]
+    assert capsys.readouterr().out == ""

@@ -80,6 +80,14 @@ def takes_image_size(name: str) -> bool:
     return name.startswith(("vit_", VIT, "maxvit"))
 
 
+def preprocessing(name: str, weights: str) -> tuple[int, int, str] | None:
+    """Resize, crop and interpolation with which torchvision evaluated pretrained weights; ``None`` for other models."""
+    if name.startswith((TIMM, VIT)) or name not in zoo.list_models(module=zoo):
+        return None
+    wanted = _torchvision_weights(name, weights).transforms()
+    return wanted.resize_size[0], wanted.crop_size[0], wanted.interpolation.value
+
+
 def check_image_size(model: nn.Module, name: str, size: int) -> None:
     """Raise :class:`ConfigError` unless ``model`` can take square images of side ``size``."""
     training = model.training

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
 
 from superblock import models
 from superblock.errors import ConfigError, DataError
-from superblock.training.config import RunConfig
+from superblock.training.config import DataConfig, Interpolation, RunConfig
 from superblock.training.data import Data, load_data
 from superblock.training.randomness import seed_all
 from superblock.weights import WeightsFile
@@ -50,7 +51,8 @@ def prepare(config: RunConfig, file: WeightsFile | None, *, training: bool) -> P
     """
     said = file.said if file is not None else {}
     name = config.model or said.get("architecture") or DEFAULT_MODEL
-    data = load_data(config.data, name, training=training, seed=config.seed, image_size=said.get("image_size"))
+    cut = config.data if training else _as_the_weights_want(config.data, name, config.weights)
+    data = load_data(cut, name, training=training, seed=config.seed, image_size=said.get("image_size"))
     classes = data.classes
     held = file.num_classes if file is not None else None
     if file is not None and held is not None and held != classes:
@@ -68,3 +70,13 @@ def prepare(config: RunConfig, file: WeightsFile | None, *, training: bool) -> P
     if data.image_size != USUAL_SIZE:
         models.check_image_size(model, name, data.image_size)
     return Prepared(model, name, data, classes)
+
+
+def _as_the_weights_want(data: DataConfig, name: str, weights: str | None) -> DataConfig:
+    """Images cut as pretrained weights were evaluated, unless sizes are given."""
+    wanted = None if weights is None else models.preprocessing(name, weights)
+    if wanted is None or data.val_resize_size is not None or data.val_crop_size is not None:
+        return data
+    return replace(
+        data, val_resize_size=wanted[0], val_crop_size=wanted[1], interpolation=cast(Interpolation, wanted[2])
+    )
