@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimization")
     group.add_argument("--opt", choices=get_args(OptimizerName), default="sgd", help="default: %(default)s")
     group.add_argument("--lr", type=float, default=0.1, help="learning rate (default: %(default)s)")
-    group.add_argument("--score-lr", type=float, metavar="LR", help="of the masks' scores (default: --lr)")
+    group.add_argument(
+        "--score-lr", type=float, default=0.1, metavar="LR", help="of the masks' scores (default: %(default)s)"
+    )
     group.add_argument("--momentum", type=float, default=0.9, help="default: %(default)s")
     group.add_argument("--weight-decay", "--wd", type=float, default=1e-4, metavar="W", help="default: %(default)s")
     group.add_argument("--norm-weight-decay", type=float, metavar="W", help="of normalizations (default: --wd)")

@@ -62,7 +62,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters move. A decay left at ``None`` is ``weight_decay``, ``score_lr`` left at ``None`` is ``lr``."""
+    """How parameters move. A decay left at ``None`` is ``weight_decay``.
+
+    Scores begin near 1 whatever the weights are, so ``score_lr`` needs no tuning along with ``lr``.
+    """
 
     name: OptimizerName = "sgd"
     lr: float = 0.1
@@ -71,7 +74,7 @@ class OptimizerConfig:
     norm_weight_decay: float | None = None
     bias_weight_decay: float | None = None
     transformer_embedding_decay: float | None = None
-    score_lr: float | None = None
+    score_lr: float = 0.1
     clip_grad_norm: float | None = None
 
     def __post_init__(self) -> None:

@@ -57,8 +57,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ]
     trained = [parameter for parameter in scores if parameter.requires_grad]
     if trained:
-        lr = config.lr if config.score_lr is None else config.score_lr
-        result.append({"params": trained, "weight_decay": 0.0, "lr": lr})
+        result.append({"params": trained, "weight_decay": 0.0, "lr": config.score_lr})
     return result
 
 
