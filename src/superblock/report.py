@@ -91,14 +91,14 @@ class Report:
         return "\n".join([*text_table(header, rows), self.totals()])
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], separator: str = "  ") -> list[str]:
     """Lines of left-aligned columns under a ruled header."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        separator.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in (header, *rows)
     ]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    return [lines[0], separator.join("-" * width for width in widths), *lines[1:]]
 
 
 def _times(sides: tuple[int, ...]) -> str:
