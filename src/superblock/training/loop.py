@@ -97,13 +97,13 @@ def train_epoch(
         places = (step * config.data.batch_size + torch.arange(len(images))) * world.size + world.rank
         counts = (places < plan.total).to(world.device, non_blocking=True)
         loss, right = _backward(learner, images, targets, counts, config, world, plan, step)
-        watch.see(loss, step)
+        watch.see(loss, len(images), step)
         sums += torch.stack([loss, right]).double()
         if plan.updates_after(step):
             _update(learner, config, epoch, step // plan.accumulation)
         if watch.looks_after(step):
             rate = learner.optimizer.param_groups[0]["lr"]
-            log.status = f"loss {watch.mean():.4f}  lr {rate:.3g}"
+            log.status = f"loss {watch.mean:.4f}  lr {rate:.3g}"
     seconds = time.perf_counter() - start
     loss_sum, right_sum = summed(sums, world).tolist()
     return EpochResult(loss_sum / plan.total, 100 * right_sum / plan.total, plan.total / seconds)
@@ -151,25 +151,24 @@ class _Watch:
     def __init__(self, epoch: int, steps: int, config: TrainConfig, world: World) -> None:
         self.epoch, self.steps, self.config, self.world = epoch, steps, config, world
         self.losses: list[Tensor] = []
-        self.recent: list[float] = [0.0]
+        self.images = 0
+        self.mean = 0.0  # This process's, an image, over the steps last looked at.
 
-    def see(self, loss: Tensor, step: int) -> None:
+    def see(self, loss: Tensor, images: int, step: int) -> None:
         self.losses.append(loss)
+        self.images += images
         if self.looks_after(step):
             self._look(step)
 
     def looks_after(self, step: int) -> bool:
         return (step + 1) % self.config.print_freq == 0 or step + 1 == self.steps
 
-    def mean(self) -> float:
-        """This process's mean loss an image over the last few steps."""
-        return sum(self.recent) / (len(self.recent) * self.config.data.batch_size)
-
     def _look(self, step: int) -> None:
-        self.recent = torch.stack(self.losses).tolist()
-        self.losses = []
-        first = step - len(self.recent) + 1
-        bad = [first + place for place, loss in enumerate(self.recent) if not math.isfinite(loss)]
+        recent = torch.stack(self.losses).tolist()
+        self.mean = sum(recent) / self.images
+        self.losses, self.images = [], 0
+        first = step - len(recent) + 1
+        bad = [first + place for place, loss in enumerate(recent) if not math.isfinite(loss)]
         place = smallest(bad[0] if bad else NEVER, self.world)
         if place < NEVER:
             kept = f"{self.config.output_dir}/ keeps the last good checkpoint; " if self.config.output_dir else ""
