@@ -109,6 +109,30 @@ def test_opcheck_the_other_products() -> None:
     torch.library.opcheck(ops.bsr_grad_values, (grad, x, crow, col, *shape, 8, 8))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_activation_and_bias_in_one_op(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, grad = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    torch.library.opcheck(torch.ops.superblock.activation_gradient, (grad, z, activation))
+    matrix = BSRMatrix.from_dense(blocky((24, 20), 8), 8)
+    x, bias = torch.randn(6, 20, requires_grad=True), torch.randn(24, requires_grad=True)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(bsr_linear(x, matrix, bias, activation).square().sum(), (x, bias))
+
+    want = gradients()
+    monkeypatch.setattr("superblock.ops.library._fuses", lambda _: True)
+    torch.testing.assert_close(gradients(), want)
+
+
+def test_the_preactivation_has_a_gradient_too() -> None:
+    x, values, crow, col, bias, _, *shape, _ = op_arguments("gelu")
+    y, z = torch.ops.superblock.bsr_linear_with_preactivation(x, values, crow, col, bias, *shape, "gelu")
+    (from_z,) = torch.autograd.grad(z.sum(), (values,), retain_graph=True)
+    (from_both,) = torch.autograd.grad((y + z).sum(), (values,), retain_graph=True)
+    (from_y,) = torch.autograd.grad(y.sum(), (values,))
+    torch.testing.assert_close(from_both, from_y + from_z)
+
+
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_gradients_of_gradients(activation: str | None) -> None:
     matrix = BSRMatrix.from_dense(blocky((6, 5), 2).double(), 2)

@@ -163,6 +163,19 @@ def check_backend(tokens: tuple[int, ...], density: float, dtype: torch.dtype, d
         check_close(cuda.grad_values(*arguments), want(reference.grad_values, *arguments), dtype)
 
 
+def check_activation_gradient(tokens: tuple[int, ...], activation: str, dtype: torch.dtype, device: str) -> None:
+    """``dz`` and ``db`` against float64, from a strided gradient."""
+    torch.manual_seed(0)
+    z, wide = torch.randn(*tokens, 150).to(dtype).to(device), torch.randn(*tokens, 160).to(dtype).to(device)
+    grad = wide[..., :150]
+    with nan_filled():
+        dz, dbias = cuda.activation_gradient(grad, z, activation)
+    exact = z.double().cpu().requires_grad_()
+    want = torch.autograd.grad(reference.activate(exact, activation), exact, grad.double().cpu())[0]
+    check_close(dz, want, dtype)
+    check_close(dbias, dz.double().cpu().reshape(-1, 150).sum(0), dtype)
+
+
 def check_masks(shape: tuple[int, ...], tile: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     """Threshold, masked weight and both gradients: exactly what plain torch gives, sums to float32 rounding."""
     torch.manual_seed(0)

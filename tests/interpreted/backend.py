@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_cases import DTYPES, check_backend, check_close, weight_of
+from triton_cases import ACTIVATIONS, DTYPES, check_activation_gradient, check_backend, check_close, weight_of
 
 from superblock import BSRMatrix, Supermask, TileSparsity, bsr_linear, masks
 from superblock.errors import MatrixError
@@ -17,6 +17,7 @@ from superblock.ops.triton import masks as kernels
 @pytest.fixture(autouse=True)
 def _through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "select", lambda *_: cuda)
+    monkeypatch.setattr(library, "_fuses", lambda _: True)
     monkeypatch.setattr(masks, "_kernels", lambda _: kernels)
     monkeypatch.setattr(tuning_module.results(), "cases", {})
     monkeypatch.setattr(tuning_module.results(), "seconds", 0.0)
@@ -26,6 +27,17 @@ def _through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tokens", [(40,), (3, 5), (1,), (0,), ()])
 def test_all_products(tokens: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     check_backend(tokens, 0.4, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_gradient(activation: str, dtype: torch.dtype, device: str) -> None:
+    check_activation_gradient((3, 50), activation, dtype, device)
+
+
+@pytest.mark.parametrize("tokens", [(), (0,), (1,)])
+def test_activation_gradient_of_few_tokens(tokens: tuple[int, ...], device: str) -> None:
+    check_activation_gradient(tokens, "silu", torch.float32, device)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from superblock.errors import MatrixError
 from superblock.ops import reference, tuning
+from superblock.ops.triton import activation as activation_kernels
 from superblock.ops.triton import decode, product, sampled
 from superblock.ops.triton.configs import DENSE, Case, Config, product_configs, sampled_configs
 from superblock.ops.triton.launch import Launch, rows_of
@@ -131,6 +132,17 @@ def grad_values(
         for launch in launches(config):
             launch.run()
     return out
+
+
+def activation_gradient(grad: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """``dz = dy · act'(z)`` and ``db``, its sum over the tokens, in one pass."""
+    features = z.shape[-1]
+    dz, dbias = torch.empty_like(z, memory_format=torch.contiguous_format), z.new_empty(features)
+    flat_z, flat_dz = z.contiguous().view(-1, features), dz.view(-1, features)
+    with torch.cuda.device_of(z):
+        for launch in activation_kernels.launches(rows_of(grad, features), flat_z, flat_dz, dbias, activation):
+            launch.run()
+    return dz, dbias
 
 
 def _multiply(

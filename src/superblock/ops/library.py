@@ -36,6 +36,7 @@ _lib.define(
     "bsr_grad_values(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, "
     f"{_SHAPE}, int block_height, int block_width) -> Tensor"
 )
+_lib.define("activation_gradient(Tensor grad, Tensor z, str activation) -> (Tensor, Tensor)")
 _ops = torch.ops.superblock
 
 
@@ -191,13 +192,32 @@ def _activation_gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     return dz
 
 
-def _product_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _activation_and_bias_gradients(grad: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """``dz`` and ``db``: one pass where the backend has a kernel for it."""
+    fused = getattr(select(z.device.type, z.dtype, 16, 16), "activation_gradient", None)
+    if fused is not None:
+        both: tuple[Tensor, Tensor] = fused(grad, z, activation)
+        return both
+    dz = grad.clone() if activation == "none" else _activation_gradient(grad, z, activation)  # No result is an input.
+    return dz, dz.reshape(-1, z.shape[-1]).sum(0)
+
+
+def _fuses(z: Tensor) -> bool:
+    """Whether one op gives ``dz`` and ``db``; it has no gradient of its own, so double backward goes without."""
+    return z.is_cuda and not torch.is_grad_enabled()
+
+
+def _product_gradients(
+    ctx: Any, dz: Tensor, dbias: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of ``z = x Wᵀ + b`` to ``x``, ``values`` and ``b``, each only where it is asked for."""
     x, values, crow, col = ctx.saved_tensors[:4]
     need_x, need_values, _, _, need_bias = ctx.needs_input_grad[:5]
     dx = _ops.bsr_grad_input(dz, values, crow, col, *ctx.shape) if need_x else None
     dvalues = _ops.bsr_grad_values(dz, x, crow, col, *ctx.shape, *values.shape[1:]) if need_values else None
-    return dx, dvalues, dz.reshape(-1, ctx.shape[0]).sum(0) if need_bias else None
+    if need_bias and dbias is None:
+        dbias = dz.reshape(-1, ctx.shape[0]).sum(0)
+    return dx, dvalues, dbias if need_bias else None
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -219,11 +239,19 @@ def _preactivation_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     x, values, crow, col, _, out_features, in_features, ctx.activation = inputs
     ctx.shape = (out_features, in_features)
     ctx.save_for_backward(x, values, crow, col, output[1])
+    ctx.set_materialize_grads(False)  # `product` uses y alone: no zeros to add for z.
 
 
-def _preactivation_backward(ctx: Any, grad: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-    dz = _activation_gradient(grad, ctx.saved_tensors[4], ctx.activation) + grad_z
-    dx, dvalues, dbias = _product_gradients(ctx, dz)
+def _preactivation_backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+    z, dbias = ctx.saved_tensors[4], None
+    if grad is None:
+        dz = torch.zeros_like(z) if grad_z is None else grad_z
+    elif grad_z is None and _fuses(z):
+        dz, dbias = _ops.activation_gradient(grad, z, ctx.activation)
+    else:
+        dz = _activation_gradient(grad, z, ctx.activation)
+        dz = dz if grad_z is None else dz + grad_z
+    dx, dvalues, dbias = _product_gradients(ctx, dz, dbias)
     return dx, dvalues, None, None, dbias, None, None, None
 
 
@@ -253,7 +281,13 @@ def _grad_values_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ..
     return dgrad, dx, None, None, None, None, None, None
 
 
+def _activation_gradient_fake(grad: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z, memory_format=torch.contiguous_format), z.new_empty(z.shape[-1])
+
+
 def _register() -> None:
+    _lib.impl("activation_gradient", _activation_and_bias_gradients, "CompositeExplicitAutograd")
+    torch.library.register_fake("superblock::activation_gradient", _activation_gradient_fake, lib=_lib)
     rows = (
         ("bsr_linear", _linear, _linear_fake, _linear_context, _linear_backward),
         (

@@ -58,6 +58,11 @@ class Case:
         return self.x.element_size() == 2
 
     @property
+    def hopper(self) -> bool:
+        """Whether the tensor cores read shared memory: Hopper and later."""
+        return self.device.capability >= 90
+
+    @property
     def device(self) -> Device:
         return device_of(self.x.device)
 
@@ -92,12 +97,14 @@ def product_configs(case: Case) -> list[Config]:
     rows = [m for m in (16, 32, 64, 128, 256) if (m < 2 * case.tokens or m == 16) and (few or m >= 64)]
     # Parts of a block row fill the device when tokens are few; whole and merged rows share a tile of x.
     outs = [n for n in (16, 32, 64, 128, 256) if n >= block_out or few]
+    sums = 16384 if case.hopper else 8192
     found = []
     for m, n, k in product(rows, outs, depths):
         gathers_and_merges = k > block_in and n > block_out
-        # Tiles that spill in an exact GELU, as benchmarks/compiled.py finds.
+        # Tiles that spill, as benchmarks/compiled.py finds: in an exact GELU, and in three TF32 products before sm_90.
         spills = (n == 256 and (m < 128 or block_out == 128)) or (m == 256 and n == 128)
-        if not gathers_and_merges and not spills and k >= min(block_in, depths[-1]) and _fits(m, n, k, case):
+        spills |= not (case.half or case.hopper) and k < 32 and n > block_out
+        if not gathers_and_merges and not spills and k >= min(block_in, depths[-1]) and _fits(m, n, k, case, sums):
             found.append(Config("product", m, n, k, _warps(m, n, case), _stages(m, n, k, case)))
     return sorted(found, key=lambda config: _expected(config, case))
 
@@ -105,7 +112,7 @@ def product_configs(case: Case) -> list[Config]:
 def sampled_configs(case: Case) -> list[Config]:
     """For ``dyᵀ x`` at the living blocks: ``m`` gathered columns of ``x``, ``n`` outputs, ``k`` tokens a step."""
     n, block_in = case.block
-    tiles = ((256, 64), (128, 64), (128, 32), (64, 64), (64, 32)) if case.half else ((128, 32), (64, 32), (64, 16))
+    tiles = ((256, 64), (128, 64), (128, 32), (64, 64)) if case.half else ((128, 32), (64, 32), (64, 16))
     return [
         Config("sampled", m, n, k, _warps(m, n, case), _stages(m, n, k, case))
         for m, k in tiles
@@ -113,13 +120,16 @@ def sampled_configs(case: Case) -> list[Config]:
     ]
 
 
-def _fits(m: int, n: int, k: int, case: Case) -> bool:
-    """Whether a tile's sums fit the registers and its pipeline the shared memory."""
-    return m * n <= (32768 if case.half else 16384) and _stages(m, n, k, case) >= 2
+def _fits(m: int, n: int, k: int, case: Case, most_float32_sums: int = 16384) -> bool:
+    """Whether a tile fits: its sums the registers, beside mma's operands before Hopper, its pipeline shared memory."""
+    sums = (32768 if case.hopper else 16384) if case.half else most_float32_sums
+    return m * n <= sums and _stages(m, n, k, case) >= 2
 
 
 def _warps(m: int, n: int, case: Case) -> int:
-    """Two groups of four warps where one would hold more than 64 sums a thread, or rows enough for two."""
+    """Two groups of four warps where one would hold too many sums; on Hopper each multiplies at least 64 rows."""
+    if not case.hopper and not case.half and m * n >= 8192:
+        return 8
     return 8 if m == 256 or (m == 128 and n >= (128 if case.half else 64)) else 4
 
 
