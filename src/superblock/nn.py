@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from superblock.bsr import BSRMatrix
 from superblock.errors import ModelError
+from superblock.ops.attention import attention
 from superblock.ops.layout import feature_major
 from superblock.ops.library import product
 
@@ -186,7 +187,7 @@ class BSRMultiheadAttention(nn.Module):
             weights = (scores if mask is None else scores + mask).softmax(-1)
             heads = F.dropout(weights, dropout) @ v
         else:
-            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            heads = attention(q, k, v, mask, dropout)
         out = self.out_proj(heads.transpose(1, 2).flatten(2))
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights

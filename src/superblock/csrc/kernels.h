@@ -49,6 +49,8 @@ typedef struct {
     void (*pack)(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, void *packed);
     void (*widen)(int dtype, const void *source, int64_t count, float *target);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
+    /* A row of `count` scores, times `scale`, to probabilities, in place; zeros up to `padded`. */
+    void (*softmax)(float *row, int64_t count, int64_t padded, float scale);
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */
     void (*transpose)(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out);
     void (*outer)(const sb_outer *outer);

@@ -126,6 +126,34 @@ static void epilogue(const sb_epilogue *e) {
     }
 }
 
+static void softmax(float *row, int64_t count, int64_t padded, float scale) {
+    static const int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ivec lane;
+    memcpy(&lane, order, sizeof lane);
+    /* The last vector's spare lanes must neither raise the maximum nor add to the sum. */
+    const int64_t whole = count / SB_LANES * SB_LANES, end = whole < count ? whole + SB_LANES : whole;
+    if (whole < count) {
+        vec tail = choose(lane < (int32_t)(count - whole), load(row + whole), splat(-INFINITY));
+        store(row + whole, tail);
+    }
+    vec highest = splat(-INFINITY), total = splat(0.0f);
+    for (int64_t n = 0; n < end; n += SB_LANES) {
+        vec v = load(row + n) * scale;
+        highest = choose(v > highest, v, highest);
+    }
+    float top = -INFINITY, sum = 0;
+    for (int i = 0; i < SB_LANES; i++) top = highest[i] > top ? highest[i] : top;
+    for (int64_t n = 0; n < end; n += SB_LANES) {
+        vec z = load(row + n) * scale - top, e = exponential(z);
+        e = choose(z < -87.0f, splat(0.0f), e);
+        total += e;
+        store(row + n, e);
+    }
+    for (int i = 0; i < SB_LANES; i++) sum += total[i];
+    for (int64_t n = 0; n < end; n += SB_LANES) store(row + n, load(row + n) / sum);
+    if (end < padded) memset(row + end, 0, (size_t)(padded - end) * sizeof *row);
+}
+
 #define SB_TRANSPOSE(type)                                                                                   \
     for (int64_t i = 0; i < rows; i += 8)                                                                    \
         for (int64_t j = 0; j < columns; j += 8) {                                                           \

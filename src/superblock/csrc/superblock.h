@@ -56,9 +56,20 @@ typedef struct {
     int32_t dtype, threads;
 } sb_sampled;
 
+/* y = softmax(scale q kᵀ) v by head; the features of a head are dense and a multiple of 8. */
+typedef struct {
+    const void *q, *k, *v;
+    void *y;
+    int64_t batch, heads, queries, keys, features;
+    int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, y_batch, y_head, y_token;
+    float scale;
+    int32_t dtype, threads;
+} sb_attention;
+
 SB_API int sb_run_product(const sb_product *product);
 SB_API int sb_run_feed_forward(const sb_feed_forward *ff);
 SB_API int sb_run_sampled(const sb_sampled *sampled);
+SB_API int sb_run_attention(const sb_attention *attention);
 /* The instruction sets of this build, best first, as "avx512bf16 avx512 ..."; those the machine lacks are left out. */
 SB_API const char *sb_available(void);
 /* The one in use. */

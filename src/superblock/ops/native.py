@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ MEND = "install a C compiler (gcc or clang) and reinstall superblock"
 
 def _structure(name: str, *fields: tuple[str, str | type[Structure]]) -> type[Structure]:
     """A C structure from ``(type, "name name ...")`` rows: the order is that of ``csrc/superblock.h``."""
-    kinds = {"pointer": c_void_p, "int64": c_int64, "int32": c_int32}
+    kinds = {"pointer": c_void_p, "int64": c_int64, "int32": c_int32, "float": c_float}
     rows = []
     for names, kind in fields:
         rows += [(each, kinds[kind] if isinstance(kind, str) else kind) for each in names.split()]
@@ -53,6 +53,15 @@ Sampled = _structure(
     ("weight", Weight),
     ("grad x", "pointer"),
     ("tokens grad_stride x_stride", "int64"),
+    ("dtype threads", "int32"),
+)
+
+Attention = _structure(
+    "Attention",
+    ("q k v y", "pointer"),
+    ("batch heads queries keys features", "int64"),
+    ("q_batch q_head q_token k_batch k_head k_token v_batch v_head v_token y_batch y_head y_token", "int64"),
+    ("scale", "float"),
     ("dtype threads", "int32"),
 )
 
@@ -98,6 +107,7 @@ def library() -> ctypes.CDLL:
         ("sb_run_product", Product),
         ("sb_run_feed_forward", FeedForward),
         ("sb_run_sampled", Sampled),
+        ("sb_run_attention", Attention),
     ):
         getattr(core, name).argtypes = [POINTER(structure)]
     core.sb_available.restype = core.sb_current_name.restype = c_char_p
