@@ -253,6 +253,19 @@ def test_what_cannot_be_meant_is_one_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_run_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(config: TrainConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("superblock.cli.train.fit", interrupt)
+    assert train(DIGITS) == 130
+    assert capsys.readouterr().err == (
+        "train: interrupted: the same line with --resume goes on from the last checkpoint\n"
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_cuda_asked_for_and_absent_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--dataset digits") == 2

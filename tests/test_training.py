@@ -222,7 +222,17 @@ def test_the_newest_complete_checkpoint_wins(tmp_path: Path) -> None:
         "model_3.pth is truncated: passed over",
     ]
     write_checkpoint(tmp_path / "checkpoint.pth", {"epoch": 1})
+    write_checkpoint(tmp_path / "model_2.pth", {"epoch": 2})  # Stopped before checkpoint.pth followed.
     assert find_checkpoint("auto", str(tmp_path)).path == str(tmp_path / "model_2.pth")
+
+
+def test_checkpoints_of_an_earlier_run_in_the_folder_are_neither_taken_nor_lost(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"epoch": 9}, keep=None)
+    os.utime(tmp_path / "model_9.pth", ns=(1, 1))
+    for epoch in range(2):
+        save_checkpoint(tmp_path, {"epoch": epoch}, keep=1)
+    assert find_checkpoint("auto", str(tmp_path)).path == str(tmp_path / "checkpoint.pth")
+    assert sorted(path.name for path in tmp_path.glob("model_*")) == ["model_1.pth", "model_9.pth"]
 
 
 def truncate(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import get_args
@@ -24,6 +25,7 @@ from superblock.training.fit import fit
 from superblock.training.state import find_checkpoint
 
 OPTIMIZER_OPTIONS = [field.name for field in fields(OptimizerConfig)]
+INTERRUPTED = 130  # What shells give a command that Ctrl-C ended.
 TRAIN_OPTIONS = [field.name for field in fields(TrainConfig)]
 
 
@@ -122,5 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--sparsify-weights, --bsr, --bfloat16 and --float16 are for evaluation: "
             "add --test-only, or give them to evaluate after training"
         )
-    fit(config)
+    try:
+        fit(config)
+    except KeyboardInterrupt:
+        print("train: interrupted: the same line with --resume goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
     return 0

@@ -55,7 +55,8 @@ def save_checkpoint(folder: Path, content: dict[str, Any], keep: int | None) -> 
         write_checkpoint(folder / f"model_{content['epoch']}.pth", content)
     write_checkpoint(folder / LATEST, content)
     if keep is not None:
-        for _, path in _numbered(folder)[keep:]:
+        ours = [path for number, path in _numbered(folder) if number <= content["epoch"]]
+        for path in ours[keep:]:
             path.unlink(missing_ok=True)
 
 
@@ -74,15 +75,13 @@ def find_checkpoint(resume: str | None, output_dir: str | None) -> Found:
         if resume == "auto":
             return Found(None, (f"no checkpoint in {folder} yet: starting from the beginning",))
         return Found(resume)
-    candidates = [path for _, path in _numbered(folder)]
     latest = folder / LATEST
     complete = _epoch_of(latest) if latest.is_file() else None
     broken = [latest] if latest.is_file() and complete is None else []
     chosen = latest if complete is not None else None
-    for path in candidates:
-        number = _number(path)
-        if complete is not None and number <= complete:
-            break
+    for number, path in _numbered(folder):
+        if complete is not None and (number <= complete or _older(path, latest)):
+            continue  # One of a higher epoch but an earlier time is of another run.
         if _epoch_of(path) is not None:
             chosen = path
             break
@@ -97,13 +96,12 @@ def find_checkpoint(resume: str | None, output_dir: str | None) -> Found:
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """``model_<epoch>.pth``, newest first."""
-    found = [(_number(path), path) for path in folder.glob("model_*.pth") if NUMBERED.fullmatch(path.name)]
-    return sorted(found, reverse=True)
+    matches = [(NUMBERED.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted([(int(match[1]), path) for match, path in matches if match], reverse=True)
 
 
-def _number(path: Path) -> int:
-    match = NUMBERED.fullmatch(path.name)
-    return int(match[1]) if match else -1
+def _older(path: Path, other: Path) -> bool:
+    return path.stat().st_mtime_ns < other.stat().st_mtime_ns
 
 
 def _epoch_of(path: Path) -> int | None:
