@@ -238,7 +238,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
         ("--epochs 0", "epochs must be at least 1, got 0"),
         ("--world-size 2", "--world-size 2, but this process was started alone"),
         ("--device tpu9", "unknown device 'tpu9'"),
-        ("--train-crop-size 9 --val-crop-size 9", "vit_digits cannot be built: Input shape indivisible by patch size"),
+        ("--train-crop-size 9 --val-crop-size 9", "vit_digits cannot be built for images of 9×9"),
     ],
 )
 @pytest.mark.usefixtures("few_digits")

@@ -20,7 +20,7 @@ VIT_OPTIONS = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_di
 # torchvision VisionTransformers of four layers and width 128 (0.8 million parameters).
 SMALL: dict[str, dict[str, int]] = {
     "vit_digits": {"image_size": 8, "patch_size": 4},
-    "vit_fashion": {"image_size": 28, "patch_size": 4},
+    "vit_fashion": {"image_size": 28, "patch_size": 7},
 }
 _SMALL_SHAPE = {"num_layers": 4, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 512}
 
@@ -32,7 +32,7 @@ def build(
 
     Args:
         name: a torchvision classifier, ``timm:<name>``, ``vit_digits`` (8×8 images in patches of 4), ``vit_fashion``
-            (28×28 in patches of 4), or ``vit:image_size=32,patch_size=8,num_layers=3,num_heads=4,hidden_dim=64,
+            (28×28 in patches of 7), or ``vit:image_size=32,patch_size=8,num_layers=3,num_heads=4,hidden_dim=64,
             mlp_dim=128``, torchvision's ViT of that shape.
         num_classes: outputs; by default the model's own number (1000 for ImageNet's, 10 for the small ones).
         weights: pretrained weights by torchvision's name (``IMAGENET1K_V1``, ``DEFAULT``) or timm's tag.
@@ -55,7 +55,7 @@ def build(
         options |= {"input_size": (image_size,) * 2} if name.startswith("maxvit") else {"image_size": image_size}
     if weights is not None:
         options["weights"] = _torchvision_weights(name, weights)
-    return _without_auxiliary_heads(_construct(name, weights, lambda: zoo.get_model(name, **options)))
+    return _without_auxiliary_heads(_construct(name, weights, image_size, lambda: zoo.get_model(name, **options)))
 
 
 def names() -> list[str]:
@@ -109,7 +109,9 @@ def _build_small(name: str, num_classes: int, weights: str | None, image_size: i
         raise ConfigError(f"there are no published weights of {name}, got {weights!r}: leave --weights out")
     options = {**SMALL[name], **_SMALL_SHAPE}
     options["image_size"] = image_size or options["image_size"]
-    return _construct(name, None, lambda: zoo.VisionTransformer(**options, num_classes=num_classes))
+    return _construct(
+        name, None, options["image_size"], lambda: zoo.VisionTransformer(**options, num_classes=num_classes)
+    )
 
 
 def _build_vit(name: str, num_classes: int, weights: str | None, image_size: int | None) -> nn.Module:
@@ -117,7 +119,9 @@ def _build_vit(name: str, num_classes: int, weights: str | None, image_size: int
         raise ConfigError(f"there are no published weights of {name}, got {weights!r}: leave --weights out")
     options = _vit_options(name)
     options["image_size"] = image_size or options["image_size"]
-    return _construct(name, None, lambda: zoo.VisionTransformer(**options, num_classes=num_classes))
+    return _construct(
+        name, None, options["image_size"], lambda: zoo.VisionTransformer(**options, num_classes=num_classes)
+    )
 
 
 def _vit_options(name: str) -> dict[str, int]:
@@ -144,7 +148,7 @@ def _build_timm(name: str, num_classes: int | None, weights: str | None, image_s
             raise ConfigError(f"unknown weights {weights!r} of {TIMM}{name}: there are {available}")
         options["pretrained"] = True
         name = name if weights == "DEFAULT" else f"{name}.{weights}"
-    return _construct(TIMM + name, weights, lambda: timm.create_model(name, **options))
+    return _construct(TIMM + name, weights, image_size, lambda: timm.create_model(name, **options))
 
 
 def _torchvision_weights(name: str, weights: str) -> Any:
@@ -155,7 +159,7 @@ def _torchvision_weights(name: str, weights: str) -> Any:
     return available[wanted]
 
 
-def _construct(name: str, weights: str | None, construct: Callable[[], nn.Module]) -> nn.Module:
+def _construct(name: str, weights: str | None, size: int | None, construct: Callable[[], nn.Module]) -> nn.Module:
     try:
         return construct()
     except (URLError, ConnectionError, TimeoutError) as error:
@@ -163,7 +167,8 @@ def _construct(name: str, weights: str | None, construct: Callable[[], nn.Module
     except (ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         given = f" with weights {weights}" if weights else ""
-        raise ConfigError(f"{name} cannot be built{given}: {reason}") from error
+        sized = f" for images of {size}×{size} (--train-crop-size, --val-crop-size)" if size else ""
+        raise ConfigError(f"{name} cannot be built{given}{sized}: {reason}") from error
 
 
 def _without_auxiliary_heads(model: nn.Module) -> nn.Module:
