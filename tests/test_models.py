@@ -85,10 +85,7 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sizes_that_a_model_cannot_take_are_refused() -> None:
-    with pytest.raises(
-        ConfigError,
-        match=r"vit_fashion cannot be built for images of 30×30 \(--train-crop-size, .*: Input shape indivisible by patch size",
-    ):
+    with pytest.raises(ConfigError, match=r"vit_fashion cannot be built for images of 30×30 \(.*: Input shape indivis"):
         models.build("vit_fashion", image_size=30)
     with pytest.raises(ConfigError, match=r"alexnet cannot take images of 16×16 \(.*\): set --train-crop-size"):
         models.check_image_size(models.build("alexnet"), "alexnet", 16)

@@ -45,9 +45,9 @@ def build(
     if name.startswith(TIMM):
         return _build_timm(name.removeprefix(TIMM), num_classes, weights, image_size)
     if name.startswith(VIT):
-        return _build_vit(name, num_classes or 1000, weights, image_size)
+        return _build_vit(name, _vit_options(name), num_classes or 1000, weights, image_size)
     if name in SMALL:
-        return _build_small(name, num_classes or 10, weights, image_size)
+        return _build_vit(name, {**SMALL[name], **_SMALL_SHAPE}, num_classes or 10, weights, image_size)
     if name not in names():
         raise ConfigError(f"unknown model {name!r}{_close(name, names())}: take one of torchvision's, or timm:<name>")
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
@@ -104,24 +104,14 @@ def check_image_size(model: nn.Module, name: str, size: int) -> None:
         model.train(training)
 
 
-def _build_small(name: str, num_classes: int, weights: str | None, image_size: int | None) -> nn.Module:
+def _build_vit(
+    name: str, options: dict[str, int], num_classes: int, weights: str | None, image_size: int | None
+) -> nn.Module:
     if weights is not None:
         raise ConfigError(f"there are no published weights of {name}, got {weights!r}: leave --weights out")
-    options = {**SMALL[name], **_SMALL_SHAPE}
-    options["image_size"] = image_size or options["image_size"]
-    return _construct(
-        name, None, options["image_size"], lambda: zoo.VisionTransformer(**options, num_classes=num_classes)
-    )
-
-
-def _build_vit(name: str, num_classes: int, weights: str | None, image_size: int | None) -> nn.Module:
-    if weights is not None:
-        raise ConfigError(f"there are no published weights of {name}, got {weights!r}: leave --weights out")
-    options = _vit_options(name)
-    options["image_size"] = image_size or options["image_size"]
-    return _construct(
-        name, None, options["image_size"], lambda: zoo.VisionTransformer(**options, num_classes=num_classes)
-    )
+    size = image_size or options["image_size"]
+    shape = {**options, "image_size": size, "num_classes": num_classes}
+    return _construct(name, None, size, lambda: zoo.VisionTransformer(**shape))
 
 
 def _vit_options(name: str) -> dict[str, int]:
