@@ -21,4 +21,4 @@ static int supported(void) {
 }
 
 const sb_kernels sb_avx2 = {"avx2", supported, SB_LANES, {0, 12, 6, 0, 0}, {4, 4, 4},
-                            tile,   epilogue,  pack,     widen,            narrow, softmax, transpose, outer};
+                            tile,   epilogue,  pack,     widen,            narrow, softmax, transpose, outer, peak};

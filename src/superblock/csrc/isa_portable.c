@@ -35,4 +35,4 @@ static int supported(void) { return 1; }
 #define SB_GROUPS {0, 0, 6, 0, 0}
 #endif
 const sb_kernels sb_portable = {"portable", supported, SB_LANES, SB_GROUPS, {4, 4, 4},
-                                tile,       epilogue,  pack,     widen,     narrow, softmax, transpose, outer};
+                                tile,       epilogue,  pack,     widen,     narrow, softmax, transpose, outer, peak};

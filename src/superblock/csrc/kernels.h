@@ -54,6 +54,7 @@ typedef struct {
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */
     void (*transpose)(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out);
     void (*outer)(const sb_outer *outer);
+    double (*peak)(int dtype, int64_t iterations);
 } sb_kernels;
 
 extern const sb_kernels sb_portable;

@@ -215,3 +215,25 @@ static void outer(const sb_outer *whole) {
         }
     }
 }
+
+/* The ceiling that benchmarks compare with: multiply-adds on registers alone. Returns how many operations it did. */
+static double peak(int dtype, int64_t iterations) {
+    (void)dtype;
+    enum { CHAINS = SB_LANES == 16 ? 24 : 12 };
+    static volatile float factor = 0.5f;
+    vec acc[CHAINS], x = splat(factor), y = splat(factor);
+    SB_UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = splat(factor);
+    if (SB_DOT(dtype)) {
+#ifdef SB_DOT_BFLOAT16
+        for (int64_t n = 0; n < iterations; n++)
+            SB_UNROLL for (int i = 0; i < CHAINS; i++)
+                acc[i] = (vec)_mm512_dpbf16_ps((__m512)acc[i], (__m512bh)x, (__m512bh)y);
+#endif
+    } else {
+        for (int64_t n = 0; n < iterations; n++)
+            SB_UNROLL for (int i = 0; i < CHAINS; i++) acc[i] = acc[i] * x + y;
+    }
+    SB_UNROLL for (int i = 1; i < CHAINS; i++) acc[0] += acc[i];
+    factor = acc[0][0] < 0 ? 0.25f : 0.5f; /* so that the sum is needed */
+    return (double)iterations * CHAINS * SB_LANES * 2 * (SB_DOT(dtype) ? 2 : 1);
+}

@@ -76,6 +76,8 @@ SB_API const char *sb_available(void);
 SB_API const char *sb_current_name(void);
 /* Use the named instruction set; SB_UNSUPPORTED, and no change, unless it is available. */
 SB_API int sb_select(const char *name);
+/* Multiply-adds in registers on every thread, as many operations as it returns: the machine's ceiling. */
+SB_API double sb_run_peak(int32_t dtype, int64_t iterations, int32_t threads);
 /* Run on the calling thread only, from now on: OpenMP's pool does not survive fork. */
 SB_API void sb_disable_threads(void);
 

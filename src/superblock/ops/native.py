@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -111,6 +111,7 @@ def library() -> ctypes.CDLL:
     ):
         getattr(core, name).argtypes = [POINTER(structure)]
     core.sb_available.restype = core.sb_current_name.restype = c_char_p
+    core.sb_run_peak.argtypes, core.sb_run_peak.restype = [c_int32, c_int64, c_int32], c_double
     core.sb_select.argtypes = [c_char_p]
     core.sb_select.restype = c_int
     os.register_at_fork(after_in_child=core.sb_disable_threads)

@@ -1,0 +1,66 @@
+"""A block-sparse convolution over channels-last images against torch's dense one.
+
+python benchmarks/conv.py [--batch 16] [--output benchmarks/results/conv.json]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import compete, dtypes_of, parser, prepare, verify, write
+
+from superblock.ops.convolution import matrix_of
+from superblock.ops.cpu import conv2d
+from superblock.ops.layout import feature_major
+
+# (channels, out, size, kernel, stride): what ResNet-50 is made of.
+LAYERS = [(64, 64, 56, 3, 1), (128, 128, 28, 3, 1), (256, 256, 14, 3, 1), (512, 512, 7, 3, 1), (256, 64, 56, 1, 1)]
+LAYERS += [(64, 256, 56, 1, 1), (1024, 256, 14, 1, 1), (256, 1024, 14, 1, 1), (512, 1024, 28, 1, 2)]
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--batch", type=int, default=16)
+    args = prepare(options.parse_args())
+    with torch.inference_mode():
+        rows = [
+            case(args, dtype, layer, block, sparsity)
+            for dtype in dtypes_of(args)
+            for layer in LAYERS
+            for block in args.blocks
+            for sparsity in args.sparsities
+        ]
+    write(args, "conv", rows)
+
+
+def case(args: Any, dtype: torch.dtype, layer: tuple[int, ...], block: int, sparsity: float) -> dict[str, Any]:
+    """One layer: ours and torch's in one race."""
+    channels, out, size, kernel, stride = layer
+    living = (torch.rand(out // block, channels // block) >= sparsity).repeat_interleave(block, 0)
+    weight = torch.randn(out, channels, kernel, kernel) * living.repeat_interleave(block, 1)[:, :, None, None]
+    weight = (weight / (channels * kernel * kernel) ** 0.5).to(dtype).to(memory_format=torch.channels_last)
+    matrix, padding = matrix_of(weight, block), kernel // 2
+    values = feature_major(matrix.values)
+    x = torch.randn(args.batch, channels, size, size).to(dtype).to(memory_format=torch.channels_last)
+    contestants = {
+        "dense": lambda: F.conv2d(x, weight, None, stride, padding),
+        "sparse": lambda: conv2d(
+            x, values, matrix.crow_indices, matrix.col_indices, None, None, tuple(weight.shape),  # type: ignore[arg-type]
+            (stride, stride), (padding, padding),
+        ),
+    }  # fmt: skip
+    verify(contestants["sparse"](), contestants["dense"](), "sparse")
+    times = compete(contestants, args)
+    ratio = times["dense"]["median_ms"] / times["sparse"]["median_ms"]
+    print(
+        f"{dtype} {channels}→{out}, {size}×{size}, kernel {kernel}, stride {stride}, block {block}, {sparsity:.0%}: "
+        f"{times['sparse']['median_ms']:.2f} ms, {ratio:.1f}×",
+        flush=True,
+    )
+    return {"dtype": str(dtype), "layer": layer, "block": block, "sparsity": sparsity, "speedup": ratio, "times": times}
+
+
+if __name__ == "__main__":
+    main()
