@@ -112,7 +112,7 @@ def product_configs(case: Case) -> list[Config]:
 def sampled_configs(case: Case) -> list[Config]:
     """For ``dyᵀ x`` at the living blocks: ``m`` gathered columns of ``x``, ``n`` outputs, ``k`` tokens a step."""
     n, block_in = case.block
-    tiles = ((256, 64), (128, 64), (128, 32), (64, 64)) if case.half else ((128, 32), (64, 32), (64, 16))
+    tiles = ((256, 64), (128, 64), (64, 64)) if case.half else ((128, 32), (64, 32), (64, 16))
     return [
         Config("sampled", m, n, k, _warps(m, n, case), _stages(m, n, k, case))
         for m, k in tiles

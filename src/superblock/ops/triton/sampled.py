@@ -57,21 +57,35 @@ def sampled_kernel(
 
     share = tl.cdiv(tl.cdiv(tokens, tl.num_programs(1)), BLOCK_T) * BLOCK_T
     first = tl.program_id(1) * share
+    last = tl.minimum(first + share, tokens)
+    whole = first + tl.maximum(last - first, 0) // BLOCK_T * BLOCK_T
+    if not WHOLE:
+        living &= x_cols < in_features
+    x_tile = t[:, None] * x_stride + x_cols[None, :]
+    grad_tile = t[:, None] * grad_stride + grad_cols[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=tl.float32)
-    for step in range(first, tl.minimum(first + share, tokens), BLOCK_T):
-        rows = (step + t).to(tl.int64)
-        x_mask = (rows < tokens)[:, None] & living[None, :]
-        grad_mask = (rows < tokens)[:, None]
-        if not WHOLE:
-            x_mask &= (x_cols < in_features)[None, :]
-            grad_mask &= (grad_cols < out_features)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_stride + x_cols[None, :], mask=x_mask, other=0.0)
-        grad = tl.load(grad_ptr + rows[:, None] * grad_stride + grad_cols[None, :], mask=grad_mask, other=0.0)
+    # Only the step after the loop asks which of its tokens are there.
+    for step in range(first, whole, BLOCK_T):
+        row = tl.cast(step, tl.int64)
+        x = tl.load(x_ptr + row * x_stride + x_tile, mask=living[None, :], other=0.0)
+        if WHOLE:
+            grad = tl.load(grad_ptr + row * grad_stride + grad_tile)
+        else:
+            grad = tl.load(
+                grad_ptr + row * grad_stride + grad_tile, mask=(grad_cols < out_features)[None, :], other=0.0
+            )
+        acc = tl.dot(tl.trans(x), grad, acc, input_precision=PRECISION)
+    if whole < last:
+        row = tl.cast(whole, tl.int64)
+        there = (whole + t < last)[:, None]
+        x = tl.load(x_ptr + row * x_stride + x_tile, mask=there & living[None, :], other=0.0)
+        grad_mask = there & (grad_cols < out_features)[None, :]
+        grad = tl.load(grad_ptr + row * grad_stride + grad_tile, mask=grad_mask, other=0.0)
         acc = tl.dot(tl.trans(x), grad, acc, input_precision=PRECISION)
 
     block_places = (tl.program_id(1).to(tl.int64) * nnz + blocks) * (BLOCK_OUT * BLOCK_IN) + m % BLOCK_IN
     places = block_places[:, None] + n[None, :] * BLOCK_IN
-    tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=living[:, None])
+    tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=(blocks < end)[:, None])
 
 
 def launches(grad: Tensor, x: Tensor, out: Tensor, plan: Plan, shape: tuple[int, int], config: Config) -> list[Launch]:
