@@ -59,6 +59,32 @@ def test_a_result_that_no_longer_fits_is_passed_over(results: tuning.Results) ->
     assert tuning.choose(one, product_configs, refuse, refuse) == product_configs(one)[0]
 
 
+def test_the_fastest_is_measured_within_the_seconds(results: tuning.Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    one = case()
+    options = product_configs(one)
+    times = iter([5.0, 3.0, 2.0, 4.0])
+    clock = iter([0.0, 1.0, 2.0, 11.0, 12.0])
+    monkeypatch.setattr("triton.testing.do_bench", lambda *_, **__: next(times))
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(clock))
+    assert tuning._measure(one, options, refuse, refuse) == options[1]
+    assert results.seconds == -2.0
+    kept = json.loads(results.path.read_text())["cases"][one.name]
+    assert (kept["milliseconds"], kept["dense_milliseconds"]) == (2.0, 5.0)
+
+
+def test_what_does_not_fit_the_memory_is_no_candidate(results: tuning.Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    def full(*_: object, **__: object) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("triton.testing.do_bench", full)
+    one = case()
+    assert tuning._measure(one, product_configs(one), refuse, refuse) == product_configs(one)[0]
+    assert not results.cases
+
+
 def test_the_file_is_shared(results: tuning.Results) -> None:
     results.add("one", DENSE, 1.0, 1.0)
     other = tuning.Results(results.path, 0.0)

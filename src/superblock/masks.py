@@ -46,7 +46,7 @@ def threshold(scores: Tensor, live: int, keep_ties: bool = False) -> Tensor:
         lowest = flat.float().kthvalue(flat.numel() - live + 1).values
         return scores.detach().float() >= lowest
     kernels = _kernels(flat)
-    if kernels is not None and flat.numel() <= kernels.MOST_SCORES and flat.dtype in kernels.DTYPES:
+    if kernels is not None and kernels.ranks(flat):
         mask: Tensor = kernels.threshold(scores.detach(), live)
         return mask
     order = flat.argsort(descending=True, stable=True)

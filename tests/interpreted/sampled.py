@@ -36,3 +36,6 @@ def test_what_the_mask_kernels_leave_to_torch() -> None:
     assert not masks.takes(weight.mT, (4, 4, 3, 3))
     assert not masks.takes(weight.double(), (4, 4, 3, 3))
     assert not masks.takes(torch.randn(8), (4,))
+    assert masks.ranks(weight)
+    assert not masks.ranks(weight.double())
+    assert not masks.ranks(torch.empty(masks.MOST_SCORES + 1))

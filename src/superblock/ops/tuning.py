@@ -11,8 +11,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +72,26 @@ def _measure(
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    started = time.monotonic()
-    times: dict[Config, float] = {DENSE: do_bench(dense, warmup=5, rep=20, return_mode="median")}
-    for config in options[:MEASURED]:
-        if times.keys() - {DENSE} and time.monotonic() - started > results().seconds:
-            break
-
-        def run(config: Config = config) -> None:
+    def run(config: Config) -> None:
+        if config == DENSE:
+            dense()
+        else:
             for launch in launches(config):
                 launch.run()
 
-        try:
-            times[config] = do_bench(run, warmup=5, rep=20, return_mode="median")
-        except OutOfResources:  # The estimate of shared memory was too low for this device.
-            continue
-    best = min(times, key=lambda config: times[config])
+    started = time.monotonic()
+    times: dict[Config, float] = {}
+    for config in (DENSE, *options[:MEASURED]):
+        if len(times) > 1 and time.monotonic() - started > results().seconds:
+            break
+        # What does not fit this device, or the memory that is left on it, is no candidate.
+        with suppress(OutOfResources, torch.OutOfMemoryError):
+            times[config] = do_bench(partial(run, config), warmup=5, rep=20, return_mode="median")
     results().seconds -= time.monotonic() - started
-    results().add(case.name, best, times[best], times[DENSE])
+    if not times:
+        return options[0]
+    best = min(times, key=lambda config: times[config])
+    results().add(case.name, best, times[best], times.get(DENSE))
     return best
 
 
@@ -103,7 +107,7 @@ class Results:
         """The configuration measured to be the fastest for a case, if it was."""
         return Config(**self.cases[name]["config"]) if name in self.cases else None
 
-    def add(self, name: str, config: Config, milliseconds: float, dense_milliseconds: float) -> None:
+    def add(self, name: str, config: Config, milliseconds: float, dense_milliseconds: float | None) -> None:
         """Keep a result, beside those that other processes have written meanwhile."""
         case = {"config": asdict(config), "milliseconds": milliseconds, "dense_milliseconds": dense_milliseconds}
         self.cases = {**self.cases, **_read(self.path), name: case}

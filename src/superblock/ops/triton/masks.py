@@ -17,6 +17,7 @@ from superblock.ops.triton.launch import Launch
 WIDEST_TILE = 1024
 MOST_SCORES = 16384
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @triton.jit
@@ -115,15 +116,21 @@ def mask_gradient_kernel(
 
 
 def takes(weight: Tensor, tile: tuple[int, ...]) -> bool:
-    """Whether the kernels take a weight: of a dtype they know, dense in memory, cut along its first two dimensions."""
+    """Whether the kernels take a weight: plain, of a dtype they know, dense, cut along its first two dimensions."""
     return (
-        weight.dtype in DTYPES
+        type(weight) in PLAIN
+        and weight.dtype in DTYPES
         and weight.dim() >= 2
         and weight.is_contiguous()
         and tuple(weight.shape[2:]) == tile[2:]
         and math.prod(tile[1:]) <= WIDEST_TILE
         and weight.numel() > 0
     )
+
+
+def ranks(scores: Tensor) -> bool:
+    """Whether the kernel thresholds these scores: every one is compared with every other, so not for too many."""
+    return type(scores) in PLAIN and scores.dtype in DTYPES and 0 < scores.numel() <= MOST_SCORES
 
 
 def threshold(scores: Tensor, live: int) -> Tensor:
