@@ -167,15 +167,16 @@ def test_augmentation_follows_from_seed_epoch_and_position_alone(dataset: Any) -
         assert not torch.equal(draw(0, 1, 2), draw(*other))
 
 
-def test_small_images_move_without_wrapping_round() -> None:
-    digits = replace(load_small("digits", None), shift=1 / 8)
-    data = AugmentedMemoryImages(digits, digits.train, DataConfig(dataset="digits"), 8, seed=0)
-    for dy, dx in ((0, 0), (1, 1), (2, 0)):
-        data.moves[:] = torch.tensor([dy, dx])
-        moved = data.__getitems__([(3, 0)])[0][0, 0]
-        plain = data.normalized(data.images[3:4])[0, 0]
-        padded = torch.nn.functional.pad(plain, [1] * 4, value=-digits.mean / digits.std)
-        torch.testing.assert_close(moved, padded[dy : dy + 8, dx : dx + 8])
+def test_half_of_the_clothes_are_mirrored_and_no_digit_is() -> None:
+    digits = load_small("digits", None)
+    for flip in (False, True):
+        data = AugmentedMemoryImages(replace(digits, flip=flip), digits.train, DataConfig(dataset="digits"), 8, seed=0)
+        images, _ = data.__getitems__([(index, index) for index in range(200)])
+        plain = data.normalized(data.images[:200])
+        same, mirrored = ((images == other).flatten(1).all(1) for other in (plain, plain.flip(-1)))
+        assert bool((same | mirrored).all())
+        assert bool(same.all()) != flip
+        assert 60 < int(same.sum()) <= 140 or not flip
 
 
 @pytest.mark.parametrize(("size", "world"), [(10, 1), (10, 3), (2, 4), (1797, 2)])

@@ -44,29 +44,28 @@ class MemoryImages(Dataset[Batch]):
 class AugmentedMemoryImages(MemoryImages):
     """A split for training: items are ``(index, position)`` of :class:`TrainSampler`.
 
-    An image is moved by up to ``data.shift`` of its side, mirrored where its kind allows, then augmented as
-    ``config`` says. What is drawn follows from seed, epoch and position alone.
+    An image is mirrored half of the time where its kind allows, then augmented as ``config`` says. What is drawn
+    follows from seed, epoch and position alone.
     """
 
     def __init__(self, data: SmallData, split: SmallImages, config: DataConfig, size: int, seed: int) -> None:
         super().__init__(data, split, config, size)
         self.each, self.erase = auto_augment(config), random_erase(config)
-        self.reach = round(data.shift * size)
         self.seed = seed
         self.positions = len(self) * (config.ra_reps if config.ra_sampler else 1)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw every move of the epoch at once."""
+        """Draw at once which images of the epoch are mirrored."""
         self.epoch = epoch
         generator = torch.Generator().manual_seed(derive(self.seed, epoch))
-        self.moves = torch.randint(0, 2 * self.reach + 1, (self.positions, 2), generator=generator)
         self.mirrored = torch.rand(self.positions, generator=generator) < (0.5 if self.data.flip else 0.0)
 
     def __getitems__(self, items: Sequence[Any]) -> Batch:
         indices, positions = torch.tensor(items).unbind(1)
         turn = positions % self.positions  # The last round may be filled up beyond the end.
-        images = _moved(self.images[indices], self.moves[turn], self.mirrored[turn], self.reach)
+        images = self.images[indices]
+        images = torch.where(self.mirrored[turn, None, None, None], images.flip(-1), images)
         if self.each:
             images = torch.stack(
                 [self._one(image, int(place), self.each) for image, place in zip(images, positions, strict=True)]
@@ -83,14 +82,3 @@ class AugmentedMemoryImages(MemoryImages):
             for step in steps:
                 image = step(image)
         return image
-
-
-def _moved(images: Tensor, moves: Tensor, mirrored: Tensor, reach: int) -> Tensor:
-    """Each image ``[b, 1, side, side]`` moved by ``moves - reach`` over a black ground, mirrored where told."""
-    side = images.shape[-1]
-    padded = torch.nn.functional.pad(images, [reach] * 4)
-    steps = torch.arange(side)
-    rows = moves[:, :1] + steps
-    columns = moves[:, 1:] + torch.where(mirrored[:, None], steps.flip(0), steps)
-    batch = torch.arange(len(images))[:, None, None]
-    return padded[batch, 0, rows[:, :, None], columns[:, None, :]][:, None]

@@ -30,7 +30,7 @@ class SmallImages:
 class SmallData:
     """A small data set: its splits, and what its training augmentation and normalization take.
 
-    ``shift`` is how far an image may be moved, as a share of its side; ``flip`` whether it may be mirrored.
+    ``flip`` says whether an image may be mirrored.
     """
 
     train: SmallImages
@@ -38,7 +38,6 @@ class SmallData:
     classes: int
     mean: float
     std: float
-    shift: float
     flip: bool
 
 
@@ -65,7 +64,6 @@ def _digits() -> SmallData:
         classes=10,
         mean=0.305,
         std=0.376,
-        shift=0.0,
         flip=False,
     )
 
@@ -82,7 +80,7 @@ def _fashion(folder: Path) -> SmallData:
             )
         splits.append(SmallImages(images[:, None], labels.long()))
     train, val = splits
-    return SmallData(train, val, classes=10, mean=0.286, std=0.353, shift=1 / 14, flip=True)
+    return SmallData(train, val, classes=10, mean=0.286, std=0.353, flip=True)
 
 
 def read_idx(path: Path) -> Tensor:
