@@ -54,3 +54,14 @@ def test_a_mistake_of_our_own_is_not_hidden() -> None:
 
     with pytest.raises(ModuleNotFoundError):
         guarded("train", fail)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_arguments_that_cannot_be_read_are_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--no-such-flag"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{command}: ")
+    assert error.endswith(": see --help\n")
+    assert error.count("\n") == 1

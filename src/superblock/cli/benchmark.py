@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from superblock.benchmarking import Timing, describe_machine, measure
 from superblock.cli.building import Built, build_model
 from superblock.cli.options import (
+    Parser,
     add_conversion_options,
     add_model_options,
     add_sparsity_options,
@@ -37,7 +38,7 @@ DEFAULT_MODEL = "vit_b_16"
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="superblock benchmark",
         description="Time a model, dense or block-sparse. The median latency of a batch goes to stderr as '<n> ms'.",
     )

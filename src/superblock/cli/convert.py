@@ -10,7 +10,7 @@ from torch import nn
 
 from superblock.checkpoint import save
 from superblock.cli.building import build_model
-from superblock.cli.options import add_sparsity_options, check_conversion, supermask_config
+from superblock.cli.options import Parser, add_sparsity_options, check_conversion, supermask_config
 from superblock.errors import ConfigError
 from superblock.files import check_writable
 from superblock.inspection import model_report
@@ -21,7 +21,7 @@ from superblock.weights import open_weights, take_form
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="superblock convert",
         description="Fold a checkpoint's masks, store the layers as BSR and write them as safetensors, which "
         "evaluate, benchmark and superblock.load take.",

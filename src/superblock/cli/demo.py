@@ -9,6 +9,7 @@ from pathlib import Path
 
 from superblock import demo
 from superblock.cli import benchmark
+from superblock.cli.options import Parser
 from superblock.errors import ConfigError
 from superblock.files import check_writable
 
@@ -17,7 +18,7 @@ MODEL_CARD = "--device cpu --sparsity-linear 0.8 --sp-linear-tile-size 64 --spar
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="superblock demo",
         description="Train a small ViT on handwritten digits, dense and at 80 and 90 %% sparsity, fold, convert, "
         "evaluate and time every form; then time ViT-B/16, dense against 80 %% sparse. Minutes on a CPU.",

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from superblock import hub
+from superblock.cli.options import Parser
 from superblock.errors import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="superblock download",
         description="List the published weights, or fetch one from the Hugging Face hub (HF_ENDPOINT is honoured). "
         "An interrupted download goes on where it stopped.",

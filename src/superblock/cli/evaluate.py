@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from superblock.cli.options import Parser
 from superblock.cli.running import add_run_options, data_options, eval_config
 from superblock.training.assess import assess
 from superblock.training.config import DataConfig
@@ -12,7 +13,7 @@ from superblock.training.config import DataConfig
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="superblock evaluate",
         description="Measure a model's accuracy. Each image counts once at any number of processes.",
     )

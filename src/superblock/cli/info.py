@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from superblock.benchmarking import describe_machine
+from superblock.cli.options import Parser
 from superblock.ops.status import describe
 from superblock.report import text_table
 
@@ -27,9 +28,7 @@ OPTIONAL = (
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    return argparse.ArgumentParser(
-        prog="superblock info", description="Say which backends are active here, and why others are not."
-    )
+    return Parser(prog="superblock info", description="Say which backends are active here, and why others are not.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

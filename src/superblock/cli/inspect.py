@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from superblock.cli.building import build_model
-from superblock.cli.options import add_sparsity_options, supermask_config
+from superblock.cli.options import Parser, add_sparsity_options, supermask_config
 from superblock.files import check_writable
 from superblock.inspection import layer_masks, model_report
 from superblock.weights import open_weights
@@ -15,7 +15,7 @@ from superblock.weights import open_weights
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="superblock inspect",
         description="Report what is sparse in a checkpoint, and draw the mask of each weight.",
     )

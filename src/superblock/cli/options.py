@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -12,6 +12,13 @@ from superblock.convert import check_block
 from superblock.errors import BackendError, ConfigError
 
 DEFAULT_TILE = 32
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.rpartition(' ')[2]}: {message}: see --help\n")
 
 
 def add_model_options(parser: argparse.ArgumentParser, default_device: str = "cuda") -> None:

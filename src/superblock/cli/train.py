@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import get_args
 
+from superblock.cli.options import Parser
 from superblock.cli.running import add_run_options, average_config, data_options, eval_config, given, run_options
 from superblock.errors import ConfigError
 from superblock.training.assess import assess
@@ -31,7 +32,7 @@ TRAIN_OPTIONS = [field.name for field in fields(TrainConfig)]
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments; names and defaults are those of torchvision's reference training."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="superblock train",
         description="Train a model, dense or with block masks; under torchrun, on several processes.",
     )
