@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from superblock.bsr import BSRMatrix
 from superblock.errors import ConfigError, ModelError
+from superblock.feed_forward import fuse_feed_forward
 from superblock.fuse import fuse_activations
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight
 from superblock.report import LayerReport, Report
@@ -19,7 +20,8 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
     """Swap every folded layer for its BSR form, in place.
 
     Linear layers become :class:`BSRLinear`, 1×1 convolutions :class:`BSRConv2d`, ``nn.MultiheadAttention``
-    :class:`BSRMultiheadAttention`; the activation after a linear layer moves into it. What has no BSR form yet keeps its folded dense weight, and the report says why.
+    :class:`BSRMultiheadAttention`; the activation after a linear layer moves into it. What has no BSR form yet keeps
+    its folded dense weight, and the report says why.
 
     Args:
         model: a model after :func:`sparsify_weights`.
@@ -57,6 +59,7 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
             lines.append(_line(f"{layer}.{name}", module, weight, fold, swaps.get(id(module)), name, reason))
     _replace(model, swaps)
     fuse_activations(model)
+    fuse_feed_forward(model)
     return Report(tuple(lines), parameters)
 
 
