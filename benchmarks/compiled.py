@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from superblock.bsr import BSRMatrix
-from superblock.ops.triton import decode, masks, product, sampled
+from superblock.ops.triton import activation, decode, masks, product, sampled
 from superblock.ops.triton.configs import Case, product_configs, sampled_configs
 from superblock.ops.triton.launch import H100, Device, Launch
 from superblock.ops.triton.plans import Operand, plan_of
@@ -121,13 +121,13 @@ def launches(
     operand = Operand(values, plan, shape, transposed=op == "grad_input")
     device = replace(H100, capability=capability, shared_memory=SHARED_MEMORY[capability])
     case = Ahead(op, x, plan, shape, block if op == "grad_values" else operand.block, device)
-    bias, activation = (None, "none") if op == "grad_input" else (x[0], "gelu")
+    bias, follows = (None, "none") if op == "grad_input" else (x[0], "gelu")
     for config in (sampled_configs if op == "grad_values" else product_configs)(case)[:limit]:
         if op == "grad_values":
             found = sampled.launches(x, x, values, plan, shape, config)
         else:
             engine = decode if config.engine == "decode" else product
-            found = engine.launches(x, operand, x, None, bias, None, activation, config)
+            found = engine.launches(x, operand, x, None, bias, None, follows, config)
         name = f"{op} {str(dtype).removeprefix('torch.')} {height}×{width}, {tokens} tokens"
         yield name, f"{config.m}×{config.n}×{config.k}, {config.warps} warps, {config.stages} stages", found[0]
 
@@ -143,6 +143,13 @@ def mask_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch]]:
     yield name, "gradient", masks.gradient_launch(weight, weight, mask, weight, scores.float(), (32, 32))
 
 
+def gradient_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch]]:
+    """The activation's gradient, and the sum of parts that follows it, of 4096 tokens and 3072 features."""
+    z = torch.empty(4096, 3072, dtype=dtype, device="meta")
+    for launch in activation.launches(z, z, z, z[0], "gelu"):
+        yield f"activation gradient {str(dtype).removeprefix('torch.')}", launch.kernel.__name__, launch
+
+
 def everything(capability: int) -> Iterator[tuple[str, str, Launch]]:
     """What the table holds."""
     for dtype, block, tokens in itertools.product(DTYPES, BLOCKS, TOKENS):
@@ -151,6 +158,7 @@ def everything(capability: int) -> Iterator[tuple[str, str, Launch]]:
                 yield from launches(op, dtype, block, tokens, capability, MEASURED if tokens == max(TOKENS) else 2)
     for dtype in DTYPES:
         yield from mask_launches(dtype)
+        yield from gradient_launches(dtype)
 
 
 def table(rows: Sequence[Compiled]) -> str:

@@ -11,6 +11,10 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compiled
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from superblock.ops.triton.launch import Launch
 
 OPS = ("linear", "grad_input", "grad_values")
 
@@ -43,9 +47,45 @@ def test_other_generations_use_their_tensor_cores(op: str, capability: int, inst
         assert result.instructions[instruction], result
 
 
-def test_few_tokens_and_the_mask_side() -> None:
+def everything_else() -> list[tuple[str, str, Launch]]:
     rows = [*compiled.launches("linear", torch.bfloat16, (64, 64), 1, limit=1)]
     rows += [*compiled.launches("grad_input", torch.bfloat16, (64, 64), 16, limit=1)]
-    rows += [*compiled.mask_launches(torch.bfloat16)]
-    for case, config, launch in rows:
-        assert compiled.compile_launch(launch, 90, case, config).fits
+    rows += [*compiled.mask_launches(torch.bfloat16), *compiled.gradient_launches(torch.bfloat16)]
+    return rows
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_few_tokens_the_mask_side_and_what_follows(capability: int) -> None:
+    for case, config, launch in everything_else():
+        assert compiled.compile_launch(launch, capability, case, config).fits
+
+
+class AbsentHopper:
+    """As much of Triton's driver as compiling a call takes."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def test_calls_bind_as_they_were_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``Launch.run`` hands to Triton, up to the launch itself, gives the kernels that were looked at."""
+    monkeypatch.setattr(driver, "_active", AbsentHopper())
+    rows = [*compiled.launches("linear", torch.bfloat16, (64, 64), 4096, limit=1)]
+    rows += [*compiled.launches("grad_values", torch.bfloat16, (64, 64), 4096, limit=1)]
+    for case, config, launch in [*rows, *everything_else()]:
+        kernel = launch.kernel.warmup(
+            **launch.arguments,
+            grid=launch.grid,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            enable_fp_fusion=True,
+        )
+        looked_at = compiled.compile_launch(launch, 90, case, config)
+        found = {name: kernel.asm["ptx"].count(text) for name, text in compiled.INSTRUCTIONS.items()}
+        assert (found, kernel.metadata.shared) == (looked_at.instructions, looked_at.shared)
