@@ -1,16 +1,15 @@
-"""What ``benchmarks/gpu.py`` runs: checks first, then products, training, decoding, vision transformers, masks."""
+"""What ``benchmarks/gpu.py`` times: products, training, decoding, vision transformers, masks."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton_cases as cases
+from gpu_checks import random_weight
 from gpu_timing import Bench, verify
 from torch import Tensor, nn
 
@@ -26,115 +25,9 @@ SHAPES = (
     ("Llama-8B down", (4096, 14336), 8192),
     ("4096, 64k", (4096, 4096), 65536),
 )
+# Products after the first few leave the later stages their seconds.
+MUST_HAVE, TIME_FOR_THE_REST = 9, 200
 SPARSITIES = {64: (0.4, 0.8, 0.9), 128: (0.25, 0.8, 0.9), 32: (0.65, 0.8, 0.9)}
-
-
-def check(bench: Bench) -> None:
-    """Every kernel against float64, and what only a GPU can show: graphs, streams, compiled graphs, big offsets."""
-    count = 0
-    known = (FP32, torch.float16) if bench.dry else cases.DTYPES  # The interpreter multiplies no bfloat16.
-    for place, (case, transposed) in enumerate(itertools.product(cases.PRODUCTS, (False, True))):
-        for dtype in known[place % len(known) :][:1] if bench.fast or bench.dry else known:
-            activation = cases.ACTIVATIONS[place % len(cases.ACTIVATIONS)]
-            cases.check_product(case, dtype, transposed, activation, bench.device)
-            count += 1
-        if bench.dry and place == 3:
-            break
-    for case, dtype in itertools.product(cases.SAMPLED[: 1 if bench.dry else None], known):
-        cases.check_sampled(case, dtype, bench.device)
-        count += 1
-    for (shape, tile), dtype in itertools.product(cases.MASKS, cases.DTYPES):
-        cases.check_masks(shape, tile, dtype, bench.device)
-        count += 1
-    if not bench.dry:
-        for tokens in ((40,), (3, 5), (1,), (0,), ()):
-            cases.check_backend(tokens, 0.4, BF16, bench.device)
-            count += 1
-        for only_here in (_graph, _streams, _compiled, _autocast, _far_offsets, _deterministic):
-            only_here(bench)
-            count += 1
-    bench.add("check", "all kernels against float64", passed=count)
-
-
-def _layer(bench: Bench, tokens: int = 512, side: int = 512, dtype: torch.dtype = BF16) -> tuple[Tensor, BSRMatrix]:
-    return torch.randn(tokens, side, device=bench.device, dtype=dtype), random_weight(
-        (side, side), 64, 0.8, bench, dtype
-    )
-
-
-def _graph(bench: Bench) -> None:
-    x, weight = _layer(bench)
-    bsr_linear(x, weight)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = bsr_linear(x, weight)
-    x.copy_(torch.randn_like(x))
-    graph.replay()
-    verify("a replayed graph", y, x.double() @ weight.to_dense().double().mT)
-
-
-def _streams(bench: Bench) -> None:
-    x, weight = _layer(bench)
-    want = x.double() @ weight.to_dense().double().mT
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    results = []
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            results.append(bsr_linear(x, weight))
-    torch.cuda.synchronize()
-    for y in results:
-        verify("several streams", y, want)
-
-
-def _compiled(bench: Bench) -> None:
-    x, weight = _layer(bench)
-
-    def step(x: Tensor, values: Tensor) -> Tensor:
-        index = weight.crow_indices, weight.col_indices
-        return torch.ops.superblock.bsr_linear(x, values, *index, None, None, *weight.shape, "gelu").square().mean()
-
-    values = weight.values.requires_grad_()
-    got, want = (
-        torch.autograd.grad(function(x, values), values)[0] for function in (torch.compile(step, fullgraph=True), step)
-    )
-    verify("torch.compile", got, want, 2e-2)
-
-
-def _autocast(bench: Bench) -> None:
-    x, weight = _layer(bench, dtype=FP32)
-    with torch.autocast("cuda", BF16):
-        y = bsr_linear(x, weight)
-    assert y.dtype == BF16
-    verify("autocast", y, x.double() @ weight.to_dense().double().mT, 1e-2)
-
-
-def _far_offsets(bench: Bench) -> None:
-    """Offsets beyond 32 bits, where memory allows them."""
-    tokens, side = 2**20 + 7, 4096
-    if bench.fast or torch.cuda.mem_get_info()[0] < 30 * 2**30:
-        return
-    x = torch.empty(tokens, side, device=bench.device, dtype=BF16).normal_()
-    weight = random_weight((side, side), 64, 0.98, bench, BF16)
-    y = bsr_linear(x, weight)
-    verify("far tokens", y[-100:], x[-100:].double() @ weight.to_dense().double().mT)
-
-
-def _deterministic(bench: Bench) -> None:
-    x, weight = _layer(bench, 4096)
-    arguments = (x, x, weight.crow_indices, weight.col_indices, *weight.shape, 64, 64)
-    first, second = (torch.ops.superblock.bsr_grad_values(*arguments) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-def random_weight(shape: tuple[int, int], block: int, sparsity: float, bench: Bench, dtype: torch.dtype) -> BSRMatrix:
-    """Random blocks, exactly as many as the sparsity says."""
-    rows, columns = -(-shape[0] // block), -(-shape[1] // block)
-    live = torch.randperm(rows * columns)[: max(1, round((1 - sparsity) * rows * columns))].sort().values
-    crow = torch.zeros(rows + 1, dtype=torch.int32)
-    crow[1:] = torch.bincount(live // columns, minlength=rows).cumsum(0)
-    values = torch.randn(len(live), block, block, device=bench.device).div_(shape[1] ** 0.5).to(dtype)
-    return BSRMatrix(crow.to(bench.device), (live % columns).int().to(bench.device), values, shape)
 
 
 def peaks(bench: Bench) -> None:
@@ -164,8 +57,8 @@ def product_cases(bench: Bench) -> Iterator[tuple[str, tuple[int, int], int, int
 def products(bench: Bench) -> None:
     """``act(x Wᵀ + b)`` against cuBLAS, eager and compiled, and torch's own BSR product."""
     compiled = None if bench.dry else torch.compile(lambda x, w, b: F.gelu(F.linear(x, w, b)))
-    for name, shape, tokens, block, sparsity in product_cases(bench):
-        if skipped(bench, "product", name, 10):
+    for place, (name, shape, tokens, block, sparsity) in enumerate(product_cases(bench)):
+        if skipped(bench, "product", name, 10 if place < MUST_HAVE else TIME_FOR_THE_REST):
             continue
         weight = random_weight(shape, block, sparsity, bench, BF16 if not bench.dry else FP32)
         dense, x = weight.to_dense(), torch.randn(tokens, shape[1], device=bench.device, dtype=weight.values.dtype)

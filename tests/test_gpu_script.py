@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_products_need_no_file_format() -> None:
     """The script runs from a bare checkout, with no package but torch, torchvision and Triton."""
     others = ("safetensors", "timm", "huggingface_hub", "rich", "torchmetrics", "matplotlib", "sklearn", "pytest")
-    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import superblock, gpu_stages"
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import superblock, gpu_checks, gpu_stages"
     path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests", "benchmarks"))
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
