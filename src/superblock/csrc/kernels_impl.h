@@ -32,7 +32,7 @@ static void narrow(int dtype, const float *source, int64_t count, void *target) 
 
 /* Rows of tokens into chunks; a NULL row, and what lies past `features`, become zeros. */
 static void pack(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, void *packed) {
-    enum { RUN = 64 }; /* features a row before the next row's turn: reads stay sequential, writes stay in L1 */
+    enum { RUN = 256 }; /* features a row before the next row's turn: reads stay sequential, writes stay in L1 */
     const int64_t size = SB_DOT(dtype) ? 2 : 4;
     for (int64_t start = 0; start < padded; start += RUN) {
         const int64_t length = padded - start < RUN ? padded - start : RUN;

@@ -1,0 +1,101 @@
+"""Feed-forward layers whose two products run as one in inference on the CPU."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import superblock.ops.feed_forward  # noqa: F401  Registers the op.
+from superblock.nn import BSRLinear
+
+
+def fuse_feed_forward(model: nn.Module) -> None:
+    """Let every ``nn.Sequential`` and timm ``Mlp`` that chains two :class:`BSRLinear` run them as one, in place.
+
+    The modules, their names and their state stay as they are; only the container's class changes. In training, and
+    wherever a gradient is asked for, the layers run one after the other.
+    """
+    for module in model.modules():
+        if type(module).forward is nn.Sequential.forward and isinstance(module, nn.Sequential):
+            steps = [child for child in module if not _passes(child)]
+            if any(_chains(first, second) for first, second in pairwise(steps)):
+                module.__class__ = FeedForwardSequential
+        elif type(module).__name__ == "Mlp" and type(module).__module__.startswith("timm."):
+            idle = (module.act, module.drop1, module.norm, module.drop2)
+            if _chains(module.fc1, module.fc2) and all(_passes(child) for child in idle):
+                module.__class__ = FeedForwardMlp
+
+
+class FeedForwardSequential(nn.Sequential):
+    """A sequence in which two block-sparse layers that follow one another run as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x)
+        steps = [child for child in self if not _passes(child)]
+        while steps:
+            if len(steps) > 1 and _chains(steps[0], steps[1]):
+                x = feed_forward(x, steps[0], steps[1])  # type: ignore[arg-type]
+                steps = steps[2:]
+            else:
+                x = steps.pop(0)(x)
+        return x
+
+
+class FeedForwardMlp(nn.Module):
+    """timm's ``Mlp`` after its activation has moved into its first layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and _chains(self.fc1, self.fc2):
+            return feed_forward(x, self.fc1, self.fc2)  # type: ignore[arg-type]
+        y: Tensor = self.drop2(self.fc2(self.drop1(self.fc1(x))))  # type: ignore[operator]
+        return y
+
+
+def feed_forward(x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tensor | None = None) -> Tensor:
+    """``second(first(x)) + residual``, in one pass over the tokens where no gradient is asked for."""
+    tensors = (x, first.values, second.values, residual)
+    graded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    uniform = all(tensor is None or tensor.dtype == x.dtype for tensor in (*tensors, first.bias, second.bias))
+    if graded or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not uniform:
+        y = second(first(x))
+        return y if residual is None else y + residual
+    fused: Tensor = torch.ops.superblock.feed_forward(
+        x,
+        first.values,
+        first.crow_indices,
+        first.col_indices,
+        first.bias,
+        second.values,
+        second.crow_indices,
+        second.col_indices,
+        second.bias,
+        residual,
+        first.in_features,
+        first.out_features,
+        second.out_features,
+        first.activation,
+    )
+    return fused
+
+
+def _passes(module: object) -> bool:
+    """Whether a module hands on its input in inference, seen by nobody."""
+    return isinstance(module, nn.Identity | nn.Dropout) and not _watched(module)
+
+
+def _chains(first: object, second: object) -> bool:
+    return (
+        type(first) is BSRLinear
+        and type(second) is BSRLinear
+        and first.out_features == second.in_features
+        and second.activation == "none"
+        and not _watched(first)
+        and not _watched(second)
+    )
+
+
+def _watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,0 +1,53 @@
+"""Two products whose hidden activations stay in the cache: the native core's, or one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superblock.ops import backends, library
+
+_WEIGHT = "Tensor values{0}, Tensor crow_indices{0}, Tensor col_indices{0}, Tensor? bias{0}"
+library._lib.define(
+    f"feed_forward(Tensor x, {_WEIGHT.format(1)}, {_WEIGHT.format(2)}, Tensor? residual, "
+    "int in_features, int hidden_features, int out_features, str activation) -> Tensor"
+)
+
+
+def _compute(
+    x: Tensor,
+    values1: Tensor,
+    crow1: Tensor,
+    col1: Tensor,
+    bias1: Tensor | None,
+    values2: Tensor,
+    crow2: Tensor,
+    col2: Tensor,
+    bias2: Tensor | None,
+    residual: Tensor | None,
+    in_features: int,
+    hidden_features: int,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    first = (values1, crow1, col1, bias1, hidden_features, in_features)
+    second = (values2, crow2, col2, bias2, out_features, hidden_features)
+    chosen = {backends.select("cpu", x.dtype, *values.shape[1:]) for values in (values1, values2)}
+    backend = chosen.pop()
+    if not chosen and hasattr(backend, "feed_forward"):
+        y: Tensor = backend.feed_forward(x, first, activation, second, residual)
+        return y
+    ops = torch.ops.superblock
+    hidden = ops.bsr_linear(x, *first[:4], None, *first[4:], activation)
+    both: Tensor = ops.bsr_linear(hidden, *second[:4], residual, *second[4:], "none")
+    return both
+
+
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rest[-2])
+
+
+library._lib.impl("feed_forward", _compute, "CPU")
+torch.library.register_fake("superblock::feed_forward", _fake, lib=library._lib)

@@ -1,0 +1,95 @@
+"""Feed-forward layers run as one where that is safe, and give the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_bsr import blocky
+from torch import nn
+
+from superblock import BSRLinear, BSRMatrix
+from superblock.feed_forward import FeedForwardMlp, FeedForwardSequential, fuse_feed_forward
+from superblock.fuse import fuse_activations
+
+timm = pytest.importorskip("timm", reason="needs the vision extra")
+
+
+def sparse(out_features: int, in_features: int, block: int = 8) -> BSRLinear:
+    return BSRLinear(BSRMatrix.from_dense(blocky((out_features, in_features), block), block), torch.randn(out_features))
+
+
+def sequence(block: int = 8) -> nn.Sequential:
+    return nn.Sequential(sparse(32, 16, block), nn.GELU(), nn.Dropout(0.5), sparse(16, 32, block), nn.Dropout(0.5))
+
+
+def mlp() -> nn.Module:
+    module = timm.layers.Mlp(16, 32, drop=0.5)
+    module.fc1, module.fc2 = sparse(32, 16), sparse(16, 32)
+    return module
+
+
+@pytest.mark.parametrize(("make", "kind"), [(sequence, FeedForwardSequential), (mlp, FeedForwardMlp)])
+@pytest.mark.parametrize("tokens", [3, 150])
+def test_the_result_and_the_state_stay(make, kind, tokens: int) -> None:
+    model = make().eval()
+    x = torch.randn(tokens, 16)
+    expected, keys = model(x), list(model.state_dict())
+    fuse_activations(model)
+    fuse_feed_forward(model)
+    assert type(model) is kind
+    assert list(model.state_dict()) == keys
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.inference_mode():
+            # Sums of 32 products in another order.
+            torch.testing.assert_close(one(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one(x), expected, rtol=1e-4, atol=1e-4)
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    model.train()
+    torch.manual_seed(1)
+    dropped = model(x)
+    torch.manual_seed(2)
+    assert not torch.equal(model(x), dropped)
+
+
+def test_hooks_are_heard() -> None:
+    model = sequence().eval()
+    fuse_activations(model)
+    fuse_feed_forward(model)
+    heard = []
+    model[3].register_forward_hook(lambda *_: heard.append(1))
+    with torch.inference_mode():
+        model(torch.randn(2, 16))
+    assert heard
+
+
+def test_blocks_the_core_does_not_take_run_one_after_the_other() -> None:
+    model = sequence(block=4).eval()
+    x = torch.randn(70, 16)
+    expected = model(x)
+    fuse_activations(model)
+    fuse_feed_forward(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_it_compiles_whole_and_under_autocast() -> None:
+    model = sequence().eval()
+    fuse_activations(model)
+    fuse_feed_forward(model)
+    x = torch.randn(70, 16)
+    with torch.inference_mode():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+
+
+def test_what_does_not_chain_is_left_alone() -> None:
+    for model in (nn.Sequential(sparse(32, 16), nn.Tanh(), sparse(16, 32)), nn.Sequential(nn.Linear(4, 4))):
+        fuse_feed_forward(model)
+        assert type(model) is nn.Sequential
