@@ -14,6 +14,7 @@ from gpu_timing import Bench, verify
 from torch import Tensor, nn
 
 from superblock import BSRMatrix, SupermaskConfig, TileSparsity, apply_supermask, bsr_linear, sparsify_weights, to_bsr
+from superblock.ops.triton.plans import plan_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # name, shape, tokens
@@ -79,7 +80,14 @@ def products(bench: Bench) -> None:
         bench.add(
             "product", f"{name} {shape[0]}×{shape[1]}, {tokens} tokens, block {block}, {sparsity:.0%}", **_ms(times),
             speedup=times["cublas"] / times["superblock"], tflops=flops, of_peak=flops / bench.peaks[str(x.dtype)],
+            chosen=chosen(weight),
         )  # fmt: skip
+
+
+def chosen(weight: BSRMatrix) -> str:
+    """The configurations that run a weight's products; ``dense`` where that was measured to be faster."""
+    choices = plan_of(weight.crow_indices, weight.col_indices, weight.nnz, *weight.grid).choices.values()
+    return ", ".join(sorted({f"{one.engine} {one.m}×{one.n}×{one.k}" if one.m else one.engine for one in choices}))
 
 
 def torch_product(bench: Bench, x: Tensor, weight: BSRMatrix, bias: Tensor) -> dict[str, Callable[[], object]]:

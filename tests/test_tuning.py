@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from test_bsr import blocky
 
 from superblock import BSRMatrix
-from superblock.errors import BackendError, ConfigError
-from superblock.ops import backends, tuning
+from superblock.errors import ConfigError
+from superblock.ops import tuning
 from superblock.ops.triton.configs import DENSE, Case, Config, product_configs, sampled_configs
 from superblock.ops.triton.launch import H100, splits_for
 from superblock.ops.triton.plans import plan_of
@@ -146,21 +145,3 @@ def test_sums_are_cut_only_where_programs_are_few() -> None:
     assert splits_for(33, 64, H100) == 8
     assert splits_for(33, 7, H100) == 1
     assert splits_for(0, 64, H100) == 1
-
-
-def test_without_triton_a_product_on_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("superblock.ops.") and "triton" in name]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "superblock.ops.cuda", raising=False)
-    monkeypatch.delattr("superblock.ops.cuda", raising=False)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    backends.select.cache_clear()
-    with pytest.raises(BackendError, match="need Triton, which is missing: pip install triton"):
-        backends.select("cuda", torch.float16, 64, 64)
-
-
-def test_the_backend_of_a_gpu_takes_what_its_kernels_take() -> None:
-    pytest.importorskip("triton")
-    assert backends.select("cuda", torch.bfloat16, 64, 32).__name__ == "superblock.ops.cuda"
-    assert backends.select("cuda", torch.bfloat16, 8, 8).__name__ == "superblock.ops.reference"
-    assert backends.select("cuda", torch.float64, 64, 64).__name__ == "superblock.ops.reference"

@@ -104,8 +104,7 @@ class Plan:
     def _place(self, index: Tensor) -> Tensor:
         if index.numel() >= 2**31:
             raise BackendError(f"an index of {index.numel()} entries is more than the kernels' 32 bits count")
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise BackendError("a CUDA graph captured the first product of a layer: run it once before capturing")
+        _refuse_capture(self.device)
         return index.to(torch.int32).contiguous().to(self.device)
 
 
@@ -161,9 +160,14 @@ def plan_of(crow_indices: Tensor, col_indices: Tensor, nnz: int, block_rows: int
 
 
 def _derive(crow: Tensor, col: Tensor, nnz: int, block_rows: int, block_columns: int) -> Plan:
-    if crow.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise BackendError("a CUDA graph captured the first product of a layer: run it once before capturing")
+    _refuse_capture(crow.device)
     held = crow.detach(), col.detach()
     crow, col = crow.cpu(), col.cpu()
     check_indices(crow, col, block_columns)
     return Plan(Indices(crow.int().contiguous(), col.int().contiguous(), block_columns), held, block_rows, nnz)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """Plans go between host and device, which a graph cannot hold."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise BackendError("a CUDA graph captured the first product of a layer: run it once before capturing")
