@@ -63,15 +63,22 @@ def test_gradients_through_the_op(activation: str | None, device: str) -> None:
         check_close(each, want, torch.float32)
 
 
-def test_strided_operands(device: str) -> None:
-    matrix = weight_of((48, 32), (16, 16)).to(device)
-    wide = torch.randn(6, 64, device=device)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_strided_operands(dtype: torch.dtype, device: str) -> None:
+    matrix = weight_of((48, 32), (16, 16)).to(dtype).to(device)
+    wide = torch.randn(6, 64, device=device).to(dtype)
     packed = matrix.values.transpose(1, 2).contiguous().transpose(1, 2)
     strange = torch.stack([matrix.values, matrix.values], -1)[..., 0]
+    tall = torch.randn(32, 6, device=device).to(dtype)
     for values in (matrix.values, packed, strange):
         weight = BSRMatrix(matrix.crow_indices, matrix.col_indices, values, matrix.shape)
-        for x in (wide[:, ::2], wide[:, 10:42], torch.randn(32, 6, device=device).mT, wide[:1, :32].expand(6, 32)):
-            check_close(bsr_linear(x, weight), (x.double() @ matrix.to_dense().double().mT).cpu(), torch.float32)
+        for x in (
+            wide[:, ::2],
+            wide[:, 10:42],
+            torch.randn(32, 6, device=device).to(dtype).mT,
+            wide[:1, :32].expand(6, 32),
+        ):
+            check_close(bsr_linear(x, weight), (x.double() @ matrix.to_dense().double().mT).cpu(), dtype)
 
 
 def test_results_do_not_depend_on_the_run(device: str) -> None:

@@ -178,7 +178,9 @@ def _multiply(
 
 
 def _operand(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, int], transposed: bool) -> Operand:
-    if values.stride(1) != 1 and values.stride(2) != 1:
+    # TF32 tensor cores read operands along the sum only: blocks stored feature-major, as on the CPU, are turned first.
+    turned = values.dtype == torch.float32 and not transposed
+    if values.stride(2) != 1 and (turned or values.stride(1) != 1):
         values = values.contiguous()
     return Operand(values, _plan(crow, col, shape, (values.shape[1], values.shape[2])), shape, transposed)
 
