@@ -126,6 +126,17 @@ static void epilogue(const sb_epilogue *e) {
     }
 }
 
+/* The largest lane, or the sum of all. */
+SB_INLINE float fold(vec v, const int largest) {
+#if SB_LANES == 16
+    return largest ? _mm512_reduce_max_ps((__m512)v) : _mm512_reduce_add_ps((__m512)v);
+#else
+    float all = v[0];
+    for (int i = 1; i < SB_LANES; i++) all = !largest ? all + v[i] : v[i] > all ? v[i] : all;
+    return all;
+#endif
+}
+
 static void softmax(float *row, int64_t count, int64_t padded, float scale) {
     static const int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     ivec lane;
@@ -138,19 +149,17 @@ static void softmax(float *row, int64_t count, int64_t padded, float scale) {
     }
     vec highest = splat(-INFINITY), total = splat(0.0f);
     for (int64_t n = 0; n < end; n += SB_LANES) {
-        vec v = load(row + n) * scale;
-        highest = choose(v > highest, v, highest);
+        highest = larger(load(row + n) * scale, highest);
     }
-    float top = -INFINITY, sum = 0;
-    for (int i = 0; i < SB_LANES; i++) top = highest[i] > top ? highest[i] : top;
+    const float top = fold(highest, 1);
     for (int64_t n = 0; n < end; n += SB_LANES) {
-        vec z = load(row + n) * scale - top, e = exponential(z);
-        e = choose(z < -87.0f, splat(0.0f), e);
+        vec z = load(row + n) * scale - top;
+        vec e = choose(z < -87.0f, splat(0.0f), exponential(z));
         total += e;
         store(row + n, e);
     }
-    for (int i = 0; i < SB_LANES; i++) sum += total[i];
-    for (int64_t n = 0; n < end; n += SB_LANES) store(row + n, load(row + n) / sum);
+    const float share = 1.0f / fold(total, 0);
+    for (int64_t n = 0; n < end; n += SB_LANES) store(row + n, load(row + n) * share);
     if (end < padded) memset(row + end, 0, (size_t)(padded - end) * sizeof *row);
 }
 

@@ -17,6 +17,13 @@ typedef uint16_t hvec __attribute__((vector_size(2 * SB_LANES)));
 
 SB_INLINE vec splat(float value) { return value - (vec){0}; }
 SB_INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+SB_INLINE vec larger(vec a, vec b) {
+#if SB_LANES == 16
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 SB_INLINE vec load(const float *p) {
     vec v;
     memcpy(&v, p, sizeof v);
