@@ -24,6 +24,8 @@ def product_of(
     activation: str,
 ) -> ctypes.Structure:
     """A product that lacks only ``x`` and ``y``. Its ``alive`` keeps what it points to."""
+    if values.dim() != 3 or values.device.type != "cpu":
+        raise MatrixError(f"values must be [nnz, bh, bw] on cpu, got {tuple(values.shape)} on {values.device}")
     values = dense_blocks(values)
     indices = indices_for(values, crow_indices, col_indices, out_features, in_features)
     product = native.Product()
@@ -31,9 +33,10 @@ def product_of(
     product.dtype = native.DTYPES[values.dtype]
     product.activation, product.threads = native.ACTIVATIONS[activation], torch.get_num_threads()
     if bias is not None:
-        if bias.shape != (out_features,) or bias.dtype != values.dtype:
+        if bias.shape != (out_features,) or bias.dtype != values.dtype or bias.device.type != "cpu":
             raise MatrixError(
-                f"bias must be [{out_features}] of {values.dtype}, got {tuple(bias.shape)} of {bias.dtype}"
+                f"bias must be [{out_features}] of {values.dtype} on cpu, "
+                f"got {tuple(bias.shape)} of {bias.dtype} on {bias.device}"
             )
         bias = bias.contiguous()
         product.bias = bias.data_ptr()
