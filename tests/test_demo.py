@@ -58,8 +58,10 @@ def test_bad_options_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_the_table_is_markdown() -> None:
     row = Row("90 %", "bsr", 97.5, 0.9, 0.85, 420_000, 12.5, 2.0)
-    title, rule, line = table([row])
+    title, rule, line, _, note = table([row])
     assert title.startswith("| model | form | accuracy |")
     assert set(rule) <= set("|- ")
     assert "97.50 %" in line
     assert "2.00×" in line
+    assert len(title) == len(rule) == len(line)
+    assert "training checkpoint" in note

@@ -155,7 +155,8 @@ def table(rows: list[Row]) -> list[str]:
         for row in rows
     ]
     title, rule, *body = text_table(header, cells, separator=" | ")
-    return [f"| {line} |" for line in (title, rule, *body)]
+    note = "The file of a masked model is its training checkpoint, with the optimizer's state."
+    return [*(f"| {line.ljust(len(rule))} |" for line in (title, rule, *body)), "", note]
 
 
 Key = tuple[str, str]

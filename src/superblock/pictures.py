@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEAD = "#e6e6e6"
+LETTERS = 10  # An inch of a title.
 
 
 def draw_masks(masks: Sequence[LayerMask], folder: str | Path) -> list[Path]:
@@ -40,7 +42,8 @@ def draw_mask(mask: LayerMask, path: str | Path) -> Path:
     )
     if mask.scores is not None and living.any():
         figure.colorbar(image, ax=axes, label="score", shrink=0.8)
-    axes.set_title(f"{mask.name}\n{living.mean():.1%} of {rows} × {columns} tiles live", fontsize=9)
+    name = "\n".join(textwrap.wrap(mask.name, int(figure.get_figwidth() * LETTERS)))
+    axes.set_title(f"{name}\n{living.mean():.1%} of {rows} × {columns} tiles live", fontsize=9)
     axes.set_xlabel("inputs (tiles)", fontsize=8)
     axes.set_ylabel("outputs (tiles)", fontsize=8)
     axes.tick_params(labelsize=7)
