@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,12 @@ import pytest
 
 import superblock
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+pytest.importorskip("torchvision", reason="needs the vision extra")
+
+from superblock.demo import Row, table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +30,11 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", superblock.__all__)
 def test_every_public_name_is_in_the_readme(name: str) -> None:
     assert re.search(rf"`[^`]*\b{name}\b", README), f"{name} is public but not in the README"
+
+
+def test_the_results_are_those_of_the_committed_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    for line in table([Row(**row) for row in record["demo"]["rows"]]):
+        assert line in README
+    dense, sparse = (record["vit_b_16"]["timings"][name]["median_ms"] for name in ("dense", "model"))
+    assert f"takes {sparse:.0f} ms,\ndense {dense:.0f} ms in torch: {dense / sparse:.2f}× as fast" in README
