@@ -44,6 +44,7 @@ BATCH = 256
 CPU = torch.device("cpu")
 
 Say = Callable[[str], object]
+Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ def run(folder: Path, *, epochs: int = EPOCHS, seed: int = 0, threads: int | Non
         say(f"  accuracy {results[name].history[-1]['val_acc1']:.2f} %")
     forms, reports, differences = _forms(results, folder)
     timings = _latencies(forms, seed)
-    rows = [
-        _row(key, folder, reports[key], timings[key], timings["dense", "dense"], epochs, seed, threads) for key in forms
-    ]
+    rows = [_row(key, folder, reports[key], timings[key], timings["dense", "dense"], seed, threads) for key in forms]
     curve = _latency_curve(seed)
     _draw(results, curve, folder)
     lines = table(rows)
@@ -101,10 +100,9 @@ def run(folder: Path, *, epochs: int = EPOCHS, seed: int = 0, threads: int | Non
 
 def train_config(sparsity: float, folder: Path, epochs: int, seed: int, threads: int | None) -> TrainConfig:
     """How the demo trains: all alike but for the masks, which leave the ten-output head dense."""
-    masks = SupermaskConfig(linear=TileSparsity(sparsity, TILE), skip_last_layer=True)
     return TrainConfig(
         model=MODEL,
-        supermask=masks if sparsity else SupermaskConfig(),
+        supermask=masks(sparsity) if sparsity else SupermaskConfig(),
         data=DataConfig(dataset="digits", batch_size=32, workers=0),
         optimizer=OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.3, clip_grad_norm=1.0),
         schedule=ScheduleConfig(
@@ -117,6 +115,11 @@ def train_config(sparsity: float, folder: Path, epochs: int, seed: int, threads:
         seed=seed,
         threads=threads,
     )
+
+
+def masks(sparsity: float) -> SupermaskConfig:
+    """What every sparse model of the demo masks: all linear layers but the head."""
+    return SupermaskConfig(linear=TileSparsity(sparsity, TILE), skip_last_layer=True)
 
 
 def name_of(sparsity: float) -> str:
@@ -159,9 +162,6 @@ def table(rows: list[Row]) -> list[str]:
     return [*(f"| {line.ljust(len(rule))} |" for line in (title, rule, *body)), "", note]
 
 
-Key = tuple[str, str]
-
-
 def _forms(
     results: dict[str, TrainResult], folder: Path
 ) -> tuple[dict[Key, nn.Module], dict[Key, Report], dict[str, float]]:
@@ -175,13 +175,11 @@ def _forms(
         if name == "dense":
             forms[name, "dense"] = model
         else:
-            verification, _ = verify_forms(copy.deepcopy(model), images, torch.float32, sparsify=True, bsr=0)
+            folded, bsr = copy.deepcopy(model), copy.deepcopy(model)
+            sparsify_weights(folded)
+            verification, _ = verify_forms(bsr, images, torch.float32, sparsify=True, bsr=0)
             differences[name] = verification.largest_difference
-            forms[name, "masked"] = model
-            forms[name, "folded"] = copy.deepcopy(model)
-            sparsify_weights(forms[name, "folded"])
-            forms[name, "bsr"] = copy.deepcopy(forms[name, "folded"])
-            to_bsr(forms[name, "bsr"])
+            forms |= {(name, "masked"): model, (name, "folded"): folded, (name, "bsr"): bsr}
     for key, model in forms.items():
         reports[key] = model_report(model)
         if key[1] != "masked":
@@ -203,9 +201,7 @@ def _latencies(forms: dict[Key, nn.Module], seed: int) -> dict[Key, Timing]:
     return {key: timings[" ".join(key)] for key in forms}
 
 
-def _row(
-    key: Key, folder: Path, report: Report, timing: Timing, dense: Timing, epochs: int, seed: int, threads: int | None
-) -> Row:
+def _row(key: Key, folder: Path, report: Report, timing: Timing, dense: Timing, seed: int, threads: int | None) -> Row:
     """Evaluates the file itself, by the path that ``superblock evaluate`` takes."""
     file = _file(folder, key)
     data = DataConfig(dataset="digits", batch_size=BATCH, workers=0)
@@ -229,8 +225,7 @@ def _latency_curve(seed: int) -> dict[str, list[tuple[float, float]]]:
     twins = {0.0: dense}
     for sparsity in CURVE:
         twins[sparsity] = copy.deepcopy(dense)
-        config = SupermaskConfig(linear=TileSparsity(sparsity, TILE), skip_last_layer=True)
-        apply_supermask(twins[sparsity], config)
+        apply_supermask(twins[sparsity], masks(sparsity))
         sparsify_weights(twins[sparsity])
         to_bsr(twins[sparsity])
     images = torch.randn(BATCH, 3, 8, 8)
