@@ -198,9 +198,10 @@ class BSRMultiheadAttention(nn.Module):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all that is projected from the same tensor."""
-        packed = {id(x): x for x in (query, key, value)}
-        thirds = {identity: self.in_proj(x).chunk(3, -1) for identity, x in packed.items()}
-        return thirds[id(query)][0], thirds[id(key)][1], thirds[id(value)][2]
+        q = self.in_proj(query).chunk(3, -1)
+        k = q if key is query else self.in_proj(key).chunk(3, -1)
+        v = k if value is key else q if value is query else self.in_proj(value).chunk(3, -1)
+        return q[0], k[1], v[2]
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
         if not batched:
