@@ -11,7 +11,7 @@ from torch import Tensor
 from superblock.ops.triton.launch import Device, device_of, precision_of
 from superblock.ops.triton.plans import Plan
 
-# A model of an H100, fitted to 1,200 measurements (docs/gpu.md): TFLOP/s by kind of arithmetic, TB/s from L2, and
+# A model of an H100, fitted to a thousand measurements (docs/gpu.md): TFLOP/s by kind of arithmetic, TB/s from L2, and
 # microseconds between a load and its use, to start and end a program, to finish a thousand outputs of a thread.
 PEAK = {"half": 740.0, "tf32": 350.0, "tf32x3": 115.0, "ieee": 45.0}
 L2_BANDWIDTH = 9.2
