@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for stage in (
             gpu_checks.check, gpu_stages.peaks, gpu_stages.products, gpu_stages.training, gpu_stages.decoding,
-            gpu_stages.transformers, gpu_stages.mask_overhead, gpu_stages.tuned_torch_product,
+            gpu_stages.transformers, gpu_stages.mask_overhead, gpu_stages.more_products, gpu_stages.tuned_torch_product,
         ):  # fmt: skip
             stage(bench)
     finally:
