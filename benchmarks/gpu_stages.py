@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from gpu_checks import random_weight
 from gpu_timing import Bench, verify
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from superblock import BSRMatrix, SupermaskConfig, TileSparsity, apply_supermask, bsr_linear, sparsify_weights, to_bsr
 from superblock.ops.triton.plans import plan_of
@@ -235,7 +236,7 @@ def mask_overhead(bench: Bench) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
         def run() -> None:
-            with torch.autocast(torch.device(bench.device).type, BF16):
+            with torch.autocast(torch.device(bench.device).type, BF16), parametrize.cached():
                 loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
