@@ -81,6 +81,7 @@ static void run_panel(const sb_layer *layer, const sb_target *t, int64_t row, in
         .residual_stride = t->residual_stride,
         .dtype = layer->dtype,
         .activation = t->activation,
+        .residual_first = t->residual_first,
         .stream = t->stream && panel * size % 64 == 0 && t->y_stride * size % 64 == 0 && (uintptr_t)t->y % 64 == 0 &&
                   w->block_out * size % 64 == 0,
     };

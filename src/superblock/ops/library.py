@@ -111,7 +111,12 @@ def _check(
         raise MatrixError(
             f"residual must be {(*x.shape[:-1], shape[0])}, the shape of the product, got {tuple(residual.shape)}"
         )
-    for name, tensor in (("values", values), ("bias", bias), ("residual", residual)):
+    check_alike(x, values=values, bias=bias, residual=residual)
+
+
+def check_alike(x: Tensor, **others: Tensor | None) -> None:
+    """Raise :class:`MatrixError` unless all tensors have the dtype and device of ``x``."""
+    for name, tensor in others.items():
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise MatrixError(
                 f"{name} must have the dtype and device of x, {x.dtype} on {x.device}, "
