@@ -54,7 +54,7 @@ def bsr_linear(
         weight: ``[out, in]``.
         bias: ``[out]``.
         activation: ``relu``, ``gelu`` (exact), ``gelu_tanh``, ``silu`` or ``None``.
-        residual: ``[..., out]``, added last.
+        residual: ``[..., out]``, added last; under autocast in its own dtype.
 
     Returns:
         ``[..., out]``.
@@ -84,7 +84,8 @@ def product(
         dtype = torch.get_autocast_dtype(device)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        residual = None if residual is None else residual.to(dtype)
+        if residual is not None and residual.dtype != dtype:  # As autocast adds: what comes in wider stays so.
+            return product(x, values, crow_indices, col_indices, bias, shape, activation) + residual
     _check(x, values, bias, residual, shape, activation)
     if (
         activation != "none"
