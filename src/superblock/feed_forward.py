@@ -66,8 +66,7 @@ def feed_forward(x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tenso
     graded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     uniform = all(tensor is None or tensor.dtype == x.dtype for tensor in (*tensors, first.bias, second.bias))
     if graded or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not uniform:
-        y = second(first(x))
-        return y if residual is None else y + residual
+        return second(first(x)) if residual is None else second.project(first(x), second.activation, residual)
     fused: Tensor = torch.ops.superblock.feed_forward(
         x,
         first.values,
