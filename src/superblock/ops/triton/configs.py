@@ -101,11 +101,15 @@ def product_configs(case: Case) -> list[Config]:
         config
         for m, n, k, turned in product(*_tiles(case), (False, True))
         if _possible(m, n, k, turned, case)
-        for stages in {2, 3, _stages(m, n, k, case)}
-        if 2 <= stages <= _stages(m, n, k, case)
+        for stages in _depths(_stages(m, n, k, case), case)
         for config in [Config("product", m, n, k, _warps(m, n, turned, case), stages, turned, _describes(n, k, case))]
     }
     return sorted(found, key=lambda config: (_expected(config, case), config.m, config.n, config.k, config.turned))
+
+
+def _depths(deepest: int, case: Case) -> set[int]:
+    """The pipelines worth trying: on sm_90 shallow ones let more programs share a multiprocessor."""
+    return {2, min(3, deepest), deepest} if case.device.capability == 90 else {deepest}
 
 
 def _tiles(case: Case) -> tuple[list[int], list[int], list[int]]:
@@ -141,11 +145,13 @@ def _describes(n: int, k: int, case: Case) -> bool:
 def sampled_configs(case: Case) -> list[Config]:
     """For ``dyᵀ x`` at the living blocks: ``m`` gathered columns of ``x``, ``n`` outputs, ``k`` tokens a step."""
     n, block_in = case.block
-    tiles = ((256, 64), (256, 32), (128, 32), (128, 64), (64, 64)) if case.half else ((128, 32), (64, 32), (64, 16))
+    tiles = [(256, 64), (128, 64), (64, 64)] if case.half else [(128, 32), (64, 32), (64, 16)]
+    if case.half and case.device.capability == 90:
+        tiles[1:1] = [(256, 32), (128, 32)]
     return [
         Config("sampled", m, n, k, _warps(m, n, False, case), _stages(m, n, k, case))
         for m, k in tiles
-        if m >= block_in and _fits(m, n, k, case)
+        if m >= block_in and _fits(m, n, k, case, 16384 if case.hopper else 8192)
     ]
 
 
