@@ -48,6 +48,14 @@ static void turn(const sb_layer *layer, int64_t row, int64_t offset, int64_t pan
     }
 }
 
+/* A panel's share of the lines that the next group will touch, in the order in which they lie. */
+static void fetch_ahead(const sb_target *t, int64_t first, int64_t bytes) {
+    for (int64_t at = first; at < first + bytes; at += 64) {
+        __builtin_prefetch(t->ahead_residual + at);
+        __builtin_prefetch(t->ahead_y + at, 1);
+    }
+}
+
 static void run_panel(const sb_layer *layer, const sb_target *t, int64_t row, int64_t offset, int64_t panel,
                       void *scratch) {
     const sb_weight *w = &layer->weight;
@@ -86,6 +94,7 @@ static void run_panel(const sb_layer *layer, const sb_target *t, int64_t row, in
                   w->block_out * size % 64 == 0,
     };
     if (columns <= 0 && e.packed_columns <= 0) return;
+    if (t->ahead_y) fetch_ahead(t, column * t->group * size, columns * t->group * size);
     for (int64_t token = 0; token < t->tokens; token += t->group) {
         tile.x = (const char *)t->packed + token * layer->padded_in * layer->packed_size;
         e.rows = t->next ? t->group : sb_min(t->group, t->tokens - token);
