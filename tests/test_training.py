@@ -69,7 +69,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     [
         {"data": DataConfig(dataset="digits", batch_size=16, mixup_alpha=0.2, cutmix_alpha=1.0, auto_augment="ra")},
         {
-            "optimizer": OptimizerConfig(lr=0.01),
+            "optimizer": OptimizerConfig(lr=0.01, score_lr=0.1),
             "schedule": ScheduleConfig(step_size=1),
             "average": None,
             "amp": True,
@@ -77,7 +77,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
             "data": DataConfig(dataset="digits", batch_size=16, ra_sampler=True, random_erase=0.5),
         },
     ],
-    ids=["adamw-cosine-ema-mixup-ra", "sgd-step-amp-accumulation-erase"],
+    ids=["adamw-cosine-ema-mixup-ra", "sgd-step-amp-accumulation-erase-trained-scores"],
 )
 def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     whole = fit(config(tmp_path / "whole", **changes), quiet=True)
@@ -283,6 +283,8 @@ def test_training_goes_on_from_weights_alone(tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"accumulation_steps": 0}, "accumulation steps must be at least 1"),
         ({"label_smoothing": 1.5}, "label smoothing must be at most 1"),
+        ({"sparsity_ramp": -0.1}, "sparsity ramp must be at least 0, got -0.1"),
+        ({"sparsity_ramp": 1.1}, "sparsity ramp must be at most 1, got 1.1"),
         ({"resume": "auto"}, "--resume auto needs --output-dir"),
         ({"tensorboard": True}, "--tensorboard needs --output-dir"),
     ],
