@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from superblock import SupermaskConfig, TileSparsity, apply_supermask
 from superblock.masks import Supermask, tile_magnitudes
 from superblock.surgery import masked_weights
-from superblock.training import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig, fit
+from superblock.training import AverageConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig, fit
 from superblock.training.ramp import Ramp, ramped
 
 MASKS = SupermaskConfig(linear=TileSparsity(0.75, 2))
@@ -92,17 +92,21 @@ def test_a_ramp_of_no_length_keeps_the_masks() -> None:
     assert torch.equal(mask.mask(), before)
 
 
-def test_the_average_keeps_pace() -> None:
+def test_the_average_has_the_same_masks() -> None:
     model, mask = masked()
     average = copy.deepcopy(model)
     (follower,) = (mask for *_, mask in masked_weights(average))
     ramp = Ramp(model, 1.0, average)
     ramp.begin_epoch(0, 2)
     assert mask.live == follower.live == 20
+    with torch.no_grad():
+        original(model).normal_()
     ramp.step()
     assert mask.live == follower.live == round((1 - ramped(0.75, 0.5)) * 20)
+    assert torch.equal(follower.mask(), mask.mask())
     ramp.step()
     assert mask.live == follower.live == 5
+    assert torch.equal(follower.mask(), mask.mask())
 
 
 def test_a_mask_measures_the_weight_that_it_is_given() -> None:
@@ -134,7 +138,10 @@ def run(folder: Path | None = None, **changes: object) -> TrainConfig:
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_run_ramps_and_its_masks_are_kept_by_a_run_from_its_weights(tmp_path: Path) -> None:
-    first = fit(run(tmp_path), quiet=True)
+    first = fit(run(tmp_path, average=AverageConfig(steps=1, decay=0.9)), quiet=True)
+    assert first.average is not None
+    for (*_, mask), (*_, follower) in zip(masked_weights(first.model), masked_weights(first.average), strict=True):
+        assert torch.equal(mask.mask(), follower.mask())
     sparsities = [record["masked_sparsity"] for record in first.history]
     assert 0.7 < sparsities[0] < 0.85 < sparsities[1] == sparsities[2] == sparsities[3]
     changed = [record["tiles_changed"] for record in first.history]

@@ -38,7 +38,7 @@ class Ramp:
     Args:
         model: masked; its scores are no longer trained.
         epochs: how long the ramp is; 0 begins and ends with the masks as they are.
-        average: the moving average of ``model``, whose masks keep pace.
+        average: the moving average of ``model``, which gets the same masks: an average of scores would lag behind.
     """
 
     def __init__(self, model: nn.Module, epochs: float, average: nn.Module | None = None) -> None:
@@ -63,6 +63,8 @@ class Ramp:
             for place in self.places:
                 weight = mask_input(place.module, place.name, place.mask)
                 place.mask.scores.copy_(tile_magnitudes(weight, place.mask.tile))
+            for place, follower in zip(self.places, self.followers, strict=False):
+                follower.mask.scores.copy_(place.mask.scores)
         self._set_live()
 
     def _progress(self) -> float:
