@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from few_digits import few_digits  # noqa: F401 (a fixture)
 from images import write_images
 
-from superblock import SupermaskConfig, TileSparsity
+from superblock import Supermask, SupermaskConfig, TileSparsity
 from superblock.errors import CheckpointError, ConfigError, DataError, TrainingError
 from superblock.files import read_checkpoint, write_checkpoint
 from superblock.training import (
@@ -312,3 +313,19 @@ def test_a_run_that_cannot_be_meant_is_refused(changes: dict[str, Any], message:
 def test_a_part_that_cannot_be_meant_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_each_masked_weight_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    forward = Supermask.forward
+
+    def counted(self: Supermask, weight: torch.Tensor) -> torch.Tensor:
+        made.append(id(self)) if torch.is_grad_enabled() else None
+        return forward(self, weight)
+
+    monkeypatch.setattr(Supermask, "forward", counted)
+    steps: list[int] = []
+    monkeypatch.setattr(loop, "_update", lambda *_: steps.append(len(made)))
+    fit(config(epochs=1, average=None), quiet=True)
+    assert {after - before for before, after in pairwise(steps)} == {len(set(made))}

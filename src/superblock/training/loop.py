@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
@@ -131,7 +132,8 @@ def _backward(
     """Gradients of one step; returns the sums of the losses and of the right answers that count."""
     alone = not world.distributed or plan.updates_after(step)
     with nullcontext() if alone else learner.wrapped.no_sync():  # type: ignore[operator]
-        with autocast(world.device, config.amp):
+        # An attention reads its weights several times a step: each masked weight is made once.
+        with autocast(world.device, config.amp), parametrize.cached():
             logits = learner.wrapped(images)
             losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=config.label_smoothing)
             total = (losses * counts).sum()
