@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):  # fmt: skip
             stage(bench)
     finally:
-        write(args.output, bench.rows, describe(device))
+        words = sys.argv[1:] if argv is None else argv
+        write(args.output, bench.rows, {**describe(device), "command": shlex.join(["benchmarks/gpu.py", *words])})
     return 0
 
 

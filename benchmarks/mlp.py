@@ -47,10 +47,14 @@ def case(args: Any, dtype: torch.dtype, tokens: int, block: int, sparsity: float
         "two products": lambda: bsr_linear(bsr_linear(x, up, b1, "gelu"), down, b2),
         "fused": lambda: feed_forward(x, arguments(up, b1), "gelu", arguments(down, b2)),
     }
+    if args.compiled:
+        compiled = torch.compile(contestants["dense"])
+        contestants["compiled"] = lambda: compiled()
     for name in ("two products", "fused"):
         verify(contestants[name](), contestants["dense"](), name)
     times = compete(contestants, args)
-    dense, two, fused = (times[name]["median_ms"] for name in ("dense", "two products", "fused"))
+    two, fused = (times[name]["median_ms"] for name in ("two products", "fused"))
+    dense = min(times[name]["median_ms"] for name in ("dense", "compiled") if name in times)
     print(
         f"{dtype} {args.width}→{args.hidden}→{args.width} {tokens} tokens, block {block}, {sparsity:.0%}: "
         f"dense {dense:.2f} ms, two products {dense / two:.1f}×, fused {dense / fused:.1f}×",

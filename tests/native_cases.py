@@ -74,10 +74,12 @@ def compiler(name: str = "gcc") -> str:
     return found
 
 
+AVX512 = ["-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_FILES = {
     "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512": ["-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
-    "isa_avx512bf16": ["-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
+    "isa_avx512": AVX512,
+    "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "isa_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 
@@ -91,7 +93,7 @@ def build(cc: str, target: Path, *flags: str, x86: bool, main: Path | None = Non
 
     def compiled(source: Path) -> str:
         output = str(target.parent / f"{source.stem}.o")
-        own = [*X86_FILES.get(source.stem, []), *(["-DSB_X86"] if x86 else [])]
+        own = [*X86_FILES.get(source.stem, []), *(["-DSB_X86", "-DSB_AMX"] if x86 else [])]
         command = [cc, "-std=gnu11", "-O0", "-g", "-fPIC", *flags, *own, f"-I{CSRC}", "-c", str(source), "-o", output]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

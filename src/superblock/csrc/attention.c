@@ -45,21 +45,24 @@ static void load_head(const attention_job *job, const char *k, const char *v, ch
 }
 
 static void multiply(const attention_job *job, const void *x, const char *w, int64_t panel, int64_t panels,
-                     int64_t panel_step, int64_t features, int64_t row_stride, float *acc, float *out, int64_t stride) {
+                     int64_t panel_step, int64_t features, int64_t row_stride, float *out, int64_t stride) {
     static const int32_t first[] = {0};
-    const int64_t width = sb_max(panel, job->kernels->lanes);
-    sb_tile tile = {
-        .x = x, .cols = first, .blocks = 1, .chunks = features / SB_CHUNK, .row_stride = row_stride, .acc = acc};
+    sb_tile tile = {.x = x,
+                    .cols = first,
+                    .blocks = 1,
+                    .chunks = features / SB_CHUNK,
+                    .chunk = SB_CHUNK,
+                    .row_stride = row_stride,
+                    .acc_stride = stride};
     for (int64_t p = 0; p < panels; p++) {
         tile.w = w + p * panel_step * job->size;
+        tile.acc = out + p * panel;
         job->kernels->tile(job->a->dtype, panel, job->group, &tile);
-        for (int64_t m = 0; m < job->group; m++)
-            memcpy(out + m * stride + p * panel, acc + m * width, (size_t)panel * sizeof *out);
     }
 }
 
 static void attend(const attention_job *job, const char *q, char *y, int64_t queries, const char *keys,
-                   const char *values, char *packed, float *scores, float *acc) {
+                   const char *values, char *packed, float *scores) {
     const sb_attention *a = job->a;
     const sb_kernels *kernels = job->kernels;
     const int32_t narrow = job->packed_size == 2;
@@ -67,18 +70,18 @@ static void attend(const attention_job *job, const char *q, char *y, int64_t que
         const int64_t count = sb_min(job->group, queries - start);
         const void *rows[SB_MAX_GROUP] = {0};
         for (int64_t m = 0; m < count; m++) rows[m] = q + (start + m) * a->q_token * job->size;
-        kernels->pack(a->dtype, rows, job->group, a->features, a->features, packed);
+        kernels->pack(a->dtype, rows, job->group, a->features, a->features, SB_CHUNK, packed);
         multiply(job, packed, keys, job->key_panel, job->keys / job->key_panel, job->key_panel * a->features,
-                 a->features, job->key_panel, acc, scores, job->keys);
+                 a->features, job->key_panel, scores, job->keys);
         for (int64_t m = 0; m < job->group; m++) {
             float *row = scores + m * job->keys;
             kernels->softmax(row, a->keys, job->keys, a->scale);
             if (narrow) kernels->narrow(a->dtype, row, job->keys, row);
             rows[m] = row;
         }
-        kernels->pack(narrow ? a->dtype : SB_FLOAT32, rows, job->group, job->keys, job->keys, packed);
+        kernels->pack(narrow ? a->dtype : SB_FLOAT32, rows, job->group, job->keys, job->keys, SB_CHUNK, packed);
         multiply(job, packed, values, job->value_panel, a->features / job->value_panel, job->value_panel, job->keys,
-                 a->features, acc, scores, a->features);
+                 a->features, scores, a->features);
         for (int64_t m = 0; m < count; m++)
             kernels->narrow(a->dtype, scores + m * a->features, a->features,
                             y + (start + m) * a->y_token * job->size);
@@ -96,22 +99,22 @@ static int attention_item(const void *context, int64_t item) {
     const size_t head_bytes = sb_align((size_t)(job->keys * a->features * job->size));
     const size_t group_bytes = sb_align((size_t)(job->group * widest * 4));
     const size_t spare_bytes = sb_align((size_t)(sb_max(job->group * widest, job->key_panel * a->features) * 4));
-    char *keys = sb_scratch(2 * head_bytes + spare_bytes + group_bytes + SB_MAX_GROUP * SB_MAX_PANEL * sizeof(float));
+    char *keys = sb_scratch(SB_ITEM, 2 * head_bytes + spare_bytes + group_bytes);
     if (!keys) return SB_NO_MEMORY;
     char *values = keys + head_bytes, *packed = values + head_bytes;
-    float *scores = (float *)(packed + spare_bytes), *acc = (float *)((char *)scores + group_bytes);
+    float *scores = (float *)(packed + spare_bytes);
     load_head(job, (const char *)a->k + (batch * a->k_batch + h * a->k_head) * job->size,
               (const char *)a->v + (batch * a->v_batch + h * a->v_head) * job->size, keys, values, packed);
     attend(job, (const char *)a->q + (batch * a->q_batch + h * a->q_head + start * a->q_token) * job->size,
            (char *)a->y + (batch * a->y_batch + h * a->y_head + start * a->y_token) * job->size, queries, keys, values,
-           packed, scores, acc);
+           packed, scores);
     return SB_OK;
 }
 
 SB_API int sb_run_attention(const sb_attention *a) {
     const int64_t heads = a->batch * a->heads;
     if (!heads || !a->queries) return SB_OK;
-    attention_job job = {.a = a, .kernels = sb_current(), .size = sb_size_of(a->dtype)};
+    attention_job job = {.a = a, .kernels = sb_kernels_for(a->dtype, 0), .size = sb_size_of(a->dtype)};
     job.packed_size = job.kernels->packed_size[a->dtype];
     job.key_panel = widest_panel(job.kernels, 32);
     job.value_panel = widest_panel(job.kernels, a->features);

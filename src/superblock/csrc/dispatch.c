@@ -6,6 +6,9 @@
 #include <string.h>
 
 static const sb_kernels *const all[] = {
+#ifdef SB_AMX
+    &sb_amx,
+#endif
 #ifdef SB_X86
     &sb_avx512bf16, &sb_avx512, &sb_avx2,
 #endif
@@ -21,6 +24,14 @@ const sb_kernels *sb_current(void) {
         if (all[i]->supported()) kernels = all[i];
     atomic_store(&chosen, kernels);
     return kernels;
+}
+
+/* An instruction set with a base is one for bfloat16 tiles, which few tokens would leave mostly empty. */
+enum { LEAST_TOKENS = 16 };
+
+const sb_kernels *sb_kernels_for(int32_t dtype, int64_t tokens) {
+    const sb_kernels *kernels = sb_current();
+    return kernels->base && (dtype != SB_BFLOAT16 || tokens < LEAST_TOKENS) ? kernels->base : kernels;
 }
 
 SB_API const char *sb_available(void) {

@@ -20,5 +20,5 @@ static int supported(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const sb_kernels sb_avx2 = {"avx2", supported, SB_LANES, {0, 12, 6, 0, 0}, {4, 4, 4},
-                            tile,   epilogue,  pack,     widen,            narrow, softmax, transpose, outer, peak};
+const sb_kernels sb_avx2 = {
+    .name = "avx2", .groups = {0, 12, 6, 0, 0}, .packed_size = {4, 4, 4}, SB_COMMON_KERNELS};

@@ -16,5 +16,5 @@ static void tile(int dtype, int64_t panel, int64_t group, const sb_tile *t) {
     one[dtype](t);
 }
 
-#define SB_KERNELS(isa, bfloat16_size)                                                                       \
-    {isa, supported, SB_LANES, {28, 28, 12, 0, 6}, {4, bfloat16_size, 4}, tile, epilogue, pack, widen, narrow, softmax, transpose, outer, peak}
+#define SB_KERNELS(isa, bfloat16_size) \
+    {.name = isa, .groups = {28, 28, 12, 0, 6}, .packed_size = {4, bfloat16_size, 4}, SB_COMMON_KERNELS}

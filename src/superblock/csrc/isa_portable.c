@@ -34,5 +34,5 @@ static int supported(void) { return 1; }
 #else
 #define SB_GROUPS {0, 0, 6, 0, 0}
 #endif
-const sb_kernels sb_portable = {"portable", supported, SB_LANES, SB_GROUPS, {4, 4, 4},
-                                tile,       epilogue,  pack,     widen,     narrow, softmax, transpose, outer, peak};
+const sb_kernels sb_portable = {
+    .name = "portable", .groups = SB_GROUPS, .packed_size = {4, 4, 4}, SB_COMMON_KERNELS};

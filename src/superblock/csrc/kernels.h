@@ -5,16 +5,18 @@
 #include "superblock.h"
 
 /* Packed activations are chunks of 8 features: [features / 8][group of tokens][8], so that a group's tile of any
- * block is one contiguous run, whatever the stride of x (a power of two would thrash the cache's sets). */
-enum { SB_CHUNK = 8, SB_MAX_GROUP = 28, SB_MAX_PANEL = 64 };
+ * block is one contiguous run, whatever the stride of x (a power of two would thrash the cache's sets). An instruction
+ * set may prefer chunks of 16 or 32 where they divide the block. */
+enum { SB_CHUNK = 8, SB_MAX_GROUP = 32, SB_MAX_PANEL = 64 };
 
 /* acc[m][n] = sum over blocks of x[m][k] * w[k][n], for one group of tokens and one panel of outputs. */
 typedef struct {
     const void *x, *w;
     const int32_t *cols, *ids; /* ids NULL: blocks lie in order from w */
-    int64_t blocks, chunks;    /* chunks a block */
+    int64_t blocks, chunks, chunk; /* chunks a block, features a chunk */
     int64_t block_stride, row_stride;
-    float *acc; /* [group][panel] */
+    float *acc;
+    int64_t acc_stride;
     char *target; /* what the epilogue will write: `target_bytes` a token, fetched while the tile multiplies */
     int64_t target_stride, target_bytes;
 } sb_tile;
@@ -26,6 +28,7 @@ typedef struct {
     void *y, *preactivation, *packed;
     int64_t rows, panel, columns; /* columns: what the matrix has of the panel */
     int64_t packed_columns;       /* of the panel, what the next product reads */
+    int64_t packed_from, chunk;   /* the panel's first column there, and the next product's chunk */
     int64_t group, acc_stride, y_stride, residual_stride;
     int32_t dtype, activation, residual_first;
     int32_t stream; /* write around the caches where whole lines allow */
@@ -38,15 +41,24 @@ typedef struct {
     int64_t tokens, a_stride, b_stride, out_stride, columns;
 } sb_outer;
 
-typedef struct {
+typedef struct sb_kernels {
     const char *name;
     int (*supported)(void);
+    const struct sb_kernels *base; /* multiplies what this one leaves: see sb_kernels_for; NULL: it leaves nothing */
+    int32_t longest_chunk;         /* features */
     int32_t lanes;                 /* floats a vector */
     int32_t groups[5];             /* the most tokens a group by vectors a panel; 0: no such tile */
     int32_t packed_size[SB_DTYPES]; /* bytes of a packed activation */
     void (*tile)(int dtype, int64_t panel, int64_t group, const sb_tile *tile);
     void (*epilogue)(const sb_epilogue *epilogue);
-    void (*pack)(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, void *packed);
+    void (*pack)(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, int64_t chunk,
+                 void *packed);
+    /* Values as this one's tiles want them, [features / 2][outputs][2]; NULL: feature-major, as they are. */
+    void (*pair)(const uint16_t *in, int64_t out_stride, int64_t in_stride, int64_t outputs, int64_t features,
+                 uint16_t *out);
+    /* Before and after a thread's run of tiles of one shape; NULL: they need nothing. */
+    void (*prepare)(int64_t panel, int64_t group, int64_t chunk);
+    void (*finish)(void);
     void (*widen)(int dtype, const void *source, int64_t count, float *target);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
     /* A row of `count` scores, times `scale`, to probabilities, in place; zeros up to `padded`. */
@@ -54,6 +66,10 @@ typedef struct {
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */
     void (*transpose)(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out);
     void (*outer)(const sb_outer *outer);
+    /* out [height][width] += dyᵀ x for operands laid out as [tokens / 32][height][32] and [tokens / 32][16][width][2],
+     * sides multiples of 16, once prepared for a panel, group and chunk of 32; NULL: only the above. */
+    void (*outer_pairs)(const uint16_t *dy, const uint16_t *x, float *out, int64_t tokens, int64_t height,
+                        int64_t width);
     double (*peak)(int dtype, int64_t iterations);
 } sb_kernels;
 
@@ -61,7 +77,12 @@ extern const sb_kernels sb_portable;
 #ifdef SB_X86 /* set by the build where it compiles these */
 extern const sb_kernels sb_avx2, sb_avx512, sb_avx512bf16;
 #endif
+#ifdef SB_AMX /* likewise */
+extern const sb_kernels sb_amx;
+#endif
 
 const sb_kernels *sb_current(void);
+/* Those of the current instruction set, or of its base, that suit a product of this many tokens. */
+const sb_kernels *sb_kernels_for(int32_t dtype, int64_t tokens);
 
 #endif

@@ -31,7 +31,8 @@ static void narrow(int dtype, const float *source, int64_t count, void *target) 
 }
 
 /* Rows of tokens into chunks; a NULL row, and what lies past `features`, become zeros. */
-static void pack(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, void *packed) {
+SB_INLINE void pack_chunks(const int chunk, int dtype, const void *const *rows, int64_t group, int64_t features,
+                           int64_t padded, void *packed) {
     enum { RUN = 256 }; /* features a row before the next row's turn: reads stay sequential, writes stay in L1 */
     const int64_t size = SB_DOT(dtype) ? 2 : 4;
     for (int64_t start = 0; start < padded; start += RUN) {
@@ -50,23 +51,35 @@ static void pack(int dtype, const void *const *rows, int64_t group, int64_t feat
                 }
                 run = (const char *)copy;
             }
-            char *out = (char *)packed + (start * group + m * SB_CHUNK) * size;
-            for (int64_t k = 0; k < length; k += SB_CHUNK, out += group * SB_CHUNK * size) {
-                if (size == 4) memcpy(out, run + k * 4, SB_CHUNK * 4);
-                else memcpy(out, run + k * 2, SB_CHUNK * 2);
+            char *out = (char *)packed + (start * group + m * chunk) * size;
+            for (int64_t k = 0; k < length; k += chunk, out += group * chunk * size) {
+                if (size == 4) memcpy(out, run + k * 4, (size_t)chunk * 4);
+                else memcpy(out, run + k * 2, (size_t)chunk * 2);
             }
         }
     }
 }
 
+static void pack(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, int64_t chunk,
+                 void *packed) {
+    if (chunk == 8) pack_chunks(8, dtype, rows, group, features, padded, packed);
+    else if (chunk == 16) pack_chunks(16, dtype, rows, group, features, padded, packed);
+    else pack_chunks(32, dtype, rows, group, features, padded, packed);
+}
+
 /* Outputs n to `end`, at most a vector, of token m as packed activations of the next product. */
-SB_INLINE void store_packed(int dtype, void *packed, int64_t group, int64_t m, int64_t n, int64_t end, vec v) {
+SB_INLINE void store_packed(int dtype, void *packed, int64_t group, int64_t chunk, int64_t m, int64_t n, int64_t end,
+                            vec v) {
     enum { STEP = SB_LANES < SB_CHUNK ? SB_LANES : SB_CHUNK };
     const int out = SB_DOT(dtype) ? dtype : SB_FLOAT32;
+    if (chunk % SB_LANES == 0 && n % SB_LANES == 0 && n + SB_LANES <= end) {
+        store_as(out, packed, ((n & -chunk) * group + m * chunk) + (n & (chunk - 1)), v);
+        return;
+    }
     float lanes[SB_LANES];
     store_as(out, lanes, 0, v);
     for (int64_t i = 0; i < SB_LANES && n + i < end; i += STEP) {
-        const int64_t index = ((n + i) / SB_CHUNK * group + m) * SB_CHUNK + (n + i) % SB_CHUNK;
+        const int64_t index = ((n + i) & -chunk) * group + m * chunk + ((n + i) & (chunk - 1));
         if (out == SB_FLOAT32) memcpy((float *)packed + index, lanes + i, STEP * 4);
         else memcpy((uint16_t *)packed + index, (uint16_t *)lanes + i, STEP * 2);
     }
@@ -103,7 +116,8 @@ SB_INLINE void epilogue_of(int dtype, int activation, const sb_epilogue *e) {
         for (int64_t m = 0; m < l.rows; m++)
             for (int64_t n = 0; n < l.panel; n += SB_LANES) {
                 vec z = load(l.acc + m * l.acc_stride + n) + load(bias + n);
-                store_packed(dtype, l.packed, l.group, m, n, l.packed_columns, activate(activation, z));
+                store_packed(dtype, l.packed, l.group, l.chunk, m, l.packed_from + n, l.packed_from + l.packed_columns,
+                             activate(activation, z));
             }
     } else if (!whole) {
         epilogue_rows(dtype, activation, residual, e->preactivation != NULL, 0, 0, bias, e);
@@ -232,6 +246,7 @@ static void outer(const sb_outer *whole) {
     }
 }
 
+#ifndef SB_OWN_PEAK
 /* The ceiling that benchmarks compare with: multiply-adds on registers alone. Returns how many operations it did. */
 static double peak(int dtype, int64_t iterations) {
     (void)dtype;
@@ -253,3 +268,13 @@ static double peak(int dtype, int64_t iterations) {
     factor = acc[0][0] < 0 ? 0.25f : 0.5f; /* so that the sum is needed */
     return (double)iterations * CHAINS * SB_LANES * 2 * (SB_DOT(dtype) ? 2 : 1);
 }
+#endif
+
+/* What every instruction set takes from this template. */
+#ifndef SB_LONGEST_CHUNK
+#define SB_LONGEST_CHUNK SB_CHUNK
+#endif
+#define SB_COMMON_KERNELS                                                                                          \
+    .supported = supported, .longest_chunk = SB_LONGEST_CHUNK, .lanes = SB_LANES, .tile = tile,                    \
+    .epilogue = epilogue, .pack = pack, .widen = widen, .narrow = narrow, .softmax = softmax, .transpose = transpose, .outer = outer,    \
+    .peak = peak

@@ -9,13 +9,22 @@
 typedef struct {
     const sb_kernels *kernels;
     sb_weight weight;
-    int64_t rows, padded_in, panel, max_group;
+    int64_t rows, padded_in, panel, max_group, chunk;
     int32_t dtype, packed_size;
-    int transposed; /* values lie output-major: a panel of them is turned, into scratch, before its groups use it */
-    size_t scratch; /* bytes for the accumulators and a turned panel */
+    size_t arranged_bytes; /* for the values, where they lie otherwise than tiles want; else 0 */
+    char *arranged;
 } sb_layer;
 
-void sb_layer_init(sb_layer *layer, const sb_weight *weight, int32_t dtype);
+void sb_layer_init(sb_layer *layer, const sb_weight *weight, int32_t dtype, int64_t tokens);
+
+/* Lay the values out as tiles want them, in `memory` of `arranged_bytes`: once for all tokens of a call. */
+int sb_layer_arrange(sb_layer *layer, void *memory, int32_t threads);
+
+/* What its living blocks take. */
+int64_t sb_layer_bytes(const sb_layer *layer);
+
+/* The sums of a group and a strip, which sb_layer_run needs. */
+enum { SB_ACC_BYTES = SB_MAX_GROUP * SB_MAX_PANEL * 4 };
 
 /* One tile of tokens: where its packed features lie and where its results go. */
 typedef struct {
@@ -25,19 +34,25 @@ typedef struct {
     void *y, *preactivation;
     int64_t y_stride, residual_stride;
     void *next; /* packed activations of a next product, instead of y */
-    int64_t next_padded, next_size;
+    int64_t next_padded, next_size, next_chunk;
     int32_t activation, residual_first;
     int stream; /* y is too large to be worth a place in the caches */
     const char *ahead_residual, *ahead_y; /* `group` dense rows to fetch meanwhile, for the next group; or NULL */
 } sb_target;
 
 /* Multiply the packed groups with block rows [first, last). */
-void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, void *scratch);
+void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);
 
 static inline int64_t sb_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t sb_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t sb_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline size_t sb_align(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+/* The longest chunk of the kernels that divides a block. */
+static inline int64_t sb_chunk(const sb_kernels *kernels, int64_t features) {
+    int64_t chunk = kernels->longest_chunk;
+    while (features % chunk) chunk /= 2;
+    return chunk;
+}
 static inline int64_t sb_size_of(int32_t dtype) { return dtype == SB_FLOAT32 ? 4 : 2; }
 
 #endif

@@ -57,23 +57,24 @@ static pthread_once_t key_once = PTHREAD_ONCE_INIT;
 static int key_failed;
 
 static void release(void *data) {
-    free(((buffer *)data)->memory);
+    for (int use = 0; use < SB_USES; use++) free(((buffer *)data)[use].memory);
     free(data);
 }
 
 static void make_key(void) { key_failed = pthread_key_create(&key, release); }
 
-void *sb_scratch(size_t bytes) {
+void *sb_scratch(enum sb_scratch_use use, size_t bytes) {
     pthread_once(&key_once, make_key);
     if (key_failed) return NULL;
     buffer *own = pthread_getspecific(key);
     if (!own) {
-        own = calloc(1, sizeof *own);
+        own = calloc(SB_USES, sizeof *own);
         if (!own || pthread_setspecific(key, own)) {
             free(own);
             return NULL;
         }
     }
+    own += use;
     if (own->bytes < bytes) {
         free(own->memory);
         own->bytes = 0;

@@ -20,6 +20,12 @@ SB_INLINE vec load_weights(int dtype, const void *w, ptrdiff_t index, int half) 
     return load_as(dtype, w, index);
 }
 
+/* What lies past half a vector belongs to the next panel. */
+SB_INLINE void store_sums(const int half, float *out, vec sums) {
+    if (half) memcpy(out, &sums, sizeof sums / 2);
+    else store(out, sums);
+}
+
 /* Few accumulators would wait for the multiply-add's latency: split them over features. */
 #define SB_SPLIT(vectors, group) ((vectors) * (group) >= 8 ? 1 : (vectors) * (group) >= 4 ? 2 : 4)
 
@@ -61,7 +67,7 @@ SB_INLINE void tile_widened(int dtype, const int vectors, const int group, const
         SB_UNROLL for (int v = 0; v < vectors; v++) {
             vec sum = acc[0][m][v];
             SB_UNROLL for (int s = 1; s < split; s++) sum += acc[s][m][v];
-            store(t->acc + (m * vectors + v) * SB_LANES, sum);
+            store_sums(half, t->acc + m * t->acc_stride + v * SB_LANES, sum);
         }
 }
 
@@ -129,9 +135,9 @@ SB_INLINE void tile_dot(const int vectors, const int group, const int half, cons
             sum[v] = acc[0][m][v];
             SB_UNROLL for (int s = 1; s < split; s++) sum[v] = _mm512_add_ps(sum[v], acc[s][m][v]);
         }
-        float *out = t->acc + m * vectors * SB_LANES;
+        float *out = t->acc + m * t->acc_stride;
         if (vectors == 1) {
-            _mm512_storeu_ps(out, sum[0]);
+            store_sums(half, out, (vec)sum[0]);
             continue;
         }
         SB_UNROLL for (int v = 0; v < vectors; v += 2) {

@@ -116,9 +116,10 @@ def _run(
     out_features: int,
 ) -> Tensor:
     rows = rows_of(x, in_features, dtype)
-    check_residual(product, len(rows))
-    y = x.new_empty(*x.shape[:-1], out_features)
-    product.x, product.x_stride, product.tokens = rows.data_ptr(), rows.stride(0), len(rows)
+    tokens = rows.shape[0]
+    check_residual(product, tokens)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    product.x, product.x_stride, product.tokens = rows.data_ptr(), rows.stride(0), tokens
     product.y, product.y_stride = y.data_ptr(), out_features
     check(native.library().sb_run_product(ctypes.byref(product)))
     return y

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from superblock.bsr import BSRMatrix
 from superblock.errors import ConfigError, MatrixError
+from superblock.ops import direct
 from superblock.ops.backends import select
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -79,6 +80,10 @@ def product(
     residual: Tensor | None = None,
 ) -> Tensor:
     """:func:`bsr_linear` on a matrix's own tensors, whose layout the caller has validated."""
+    if residual is None and not torch.compiler.is_compiling():
+        y = direct.product(x, values, crow_indices, col_indices, bias, shape, activation)
+        if y is not None:
+            return y
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -134,6 +134,7 @@ def _possible(m: int, n: int, k: int, turned: bool, case: Case) -> bool:
     # Tiles that spill, as benchmarks/compiled.py finds.
     spills = n == 256 and (m < 128 or block_out == 128) if not turned else n == 256
     spills |= m == 256 and n == 128 and not turned
+    spills |= case.device.capability >= 100 and (n == 256 or (m == 128 and n == block_out == 128))
     return not spills and _fits(m, n, k, case, 16384 if case.hopper else 8192)
 
 

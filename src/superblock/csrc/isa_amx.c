@@ -1,0 +1,197 @@
+/* AMX: bfloat16 products on tiles of 16 x 16 sums; all else as AVX-512-BF16.
+ *
+ * The tokens of a group are the rows of the left operand, read as they are packed; the weights of a panel are the right
+ * one, paired by features in scratch, once for all groups. Up to 2 x 2 tiles of sums share two tiles of either operand,
+ * so that four loads feed four products of 16 cycles. A product takes those cycles whatever its tiles hold: blocks
+ * narrower than 32 features leave a share of them empty, and so do few tokens.
+ */
+#define _GNU_SOURCE
+#define SB_LANES 16
+#define SB_DOT(dtype) ((dtype) == SB_BFLOAT16)
+#define SB_DOT_BFLOAT16
+#define SB_LONGEST_CHUNK 32
+#define SB_OWN_PEAK
+#include "kernels.h"
+#include "simd.h"
+#include "activations.h"
+#include "tile.h"
+#include "kernels_impl.h"
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { SIDE = 16 };
+
+/* Tile registers: 0 to 3 hold sums (token half, output half), 4 and 5 tokens, 6 and 7 weights. */
+static void prepare(int64_t panel, int64_t group, int64_t chunk) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    const int64_t outputs = panel < SIDE ? panel : SIDE;
+    for (int half = 0; half < 2; half++) {
+        const int64_t left = group - half * SIDE, tokens = left < 0 ? 0 : left < SIDE ? left : SIDE;
+        for (int i = 0; i < 2; i++) {
+            shape.rows[2 * half + i] = (uint8_t)tokens;
+            shape.row_bytes[2 * half + i] = (uint16_t)(tokens ? outputs * 4 : 0);
+        }
+        shape.rows[4 + half] = (uint8_t)tokens;
+        shape.row_bytes[4 + half] = (uint16_t)(tokens ? chunk * 2 : 0);
+        shape.rows[6 + half] = (uint8_t)(chunk / 2);
+        shape.row_bytes[6 + half] = (uint16_t)(outputs * 4);
+    }
+    __asm__ volatile("" ::: "memory"); /* what the tiles load is written before */
+    _tile_loadconfig(&shape);
+}
+
+static void finish(void) { _tile_release(); }
+
+/* Adds to the sums in t->acc, or writes them. */
+SB_INLINE void multiply(const int add, const int rows, const int columns, const int chunk, int64_t outputs,
+                        int64_t group, const sb_tile *t) {
+    const int64_t chunk_bytes = group * chunk * 2, row = chunk * 2, pairs = outputs * 4;
+    const int64_t block_bytes = t->chunks * chunk_bytes, weight_bytes = chunk / 2 * pairs;
+    const char *w = t->w;
+    const int64_t stride = t->acc_stride * (int64_t)sizeof(float);
+    float *below = t->acc + SIDE * t->acc_stride;
+    if (add) {
+        _tile_loadd(0, t->acc, stride);
+        if (columns > 1) _tile_loadd(1, t->acc + SIDE, stride);
+        if (rows > 1) _tile_loadd(2, below, stride);
+        if (rows > 1 && columns > 1) _tile_loadd(3, below + SIDE, stride);
+    } else {
+        _tile_zero(0);
+        if (columns > 1) _tile_zero(1);
+        if (rows > 1) _tile_zero(2);
+        if (rows > 1 && columns > 1) _tile_zero(3);
+    }
+    for (int64_t b = 0; b < t->blocks; b++) {
+        const char *x = (const char *)t->x + t->cols[b] * block_bytes;
+        for (int64_t c = 0; c < t->chunks; c++, x += chunk_bytes, w += weight_bytes) {
+            _tile_loadd(4, x, row);
+            _tile_loadd(6, w, pairs);
+            _tile_dpbf16ps(0, 4, 6);
+            if (columns > 1) {
+                _tile_loadd(7, w + SIDE * 4, pairs);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if (rows > 1) {
+                _tile_loadd(5, x + SIDE * row, row);
+                _tile_dpbf16ps(2, 5, 6);
+            }
+            if (rows > 1 && columns > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, t->acc, stride);
+    if (columns > 1) _tile_stored(1, t->acc + SIDE, stride);
+    if (rows > 1) _tile_stored(2, below, stride);
+    if (rows > 1 && columns > 1) _tile_stored(3, below + SIDE, stride);
+}
+
+SB_INLINE void multiply_chunks(const int rows, const int columns, int64_t outputs, int64_t group, const sb_tile *t) {
+    if (t->chunk == 32) multiply(0, rows, columns, 32, outputs, group, t);
+    else if (t->chunk == 16) multiply(0, rows, columns, 16, outputs, group, t);
+    else multiply(0, rows, columns, 8, outputs, group, t);
+}
+
+static void tile(int dtype, int64_t panel, int64_t group, const sb_tile *t) {
+    (void)dtype;
+    for (int64_t m = 0; m < group && t->target_bytes; m++)
+        for (int64_t at = 0; at < t->target_bytes; at += 64) __builtin_prefetch(t->target + m * t->target_stride + at, 1);
+    if (panel == 2 * SIDE) {
+        if (group > SIDE) multiply_chunks(2, 2, 2 * SIDE, group, t);
+        else multiply_chunks(1, 2, 2 * SIDE, group, t);
+    } else if (panel == SIDE) {
+        if (group > SIDE) multiply_chunks(2, 1, SIDE, group, t);
+        else multiply_chunks(1, 1, SIDE, group, t);
+    } else {
+        if (group > SIDE) multiply_chunks(2, 1, panel, group, t);
+        else multiply_chunks(1, 1, panel, group, t);
+    }
+}
+
+/* Two features of `count` outputs, at most a vector of them, side by side. */
+SB_INLINE void interleave(const uint16_t *even, const uint16_t *odd, int64_t count, uint16_t *out) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __mmask16 lanes = (__mmask16)((1u << count) - 1);
+    const __m256i low = _mm256_maskz_loadu_epi16(lanes, even), high = _mm256_maskz_loadu_epi16(lanes, odd);
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    _mm512_mask_storeu_epi32(out, lanes, _mm512_permutexvar_epi16(order, both));
+}
+
+static void pair(const uint16_t *in, int64_t out_stride, int64_t in_stride, int64_t outputs, int64_t features,
+                 uint16_t *out) {
+    if (out_stride == 1) {
+        for (int64_t k = 0; k < features; k += 2, in += 2 * in_stride, out += 2 * outputs)
+            for (int64_t n = 0; n < outputs; n += SIDE)
+                interleave(in + n, in + in_stride + n, outputs < SIDE ? outputs : SIDE, out + 2 * n);
+        return;
+    }
+    /* A pair lies together: whole pairs are transposed. */
+    for (int64_t n = 0; n < outputs; n += 8)
+        for (int64_t k = 0; k < features; k += 8)
+            SB_UNROLL for (int i = 0; i < 8; i++)
+                SB_UNROLL for (int j = 0; j < 4; j++)
+                    memcpy(out + (k / 2 + j) * 2 * outputs + 2 * (n + i), in + (n + i) * out_stride + k + 2 * j, 4);
+}
+
+static void outer_pairs(const uint16_t *dy, const uint16_t *x, float *out, int64_t tokens, int64_t height, int64_t width) {
+    enum { TOKENS = SB_LONGEST_CHUNK };
+    static const int32_t first[] = {0};
+    for (int64_t i = 0; i < height; i += 2 * SIDE)
+        for (int64_t j = 0; j < width; j += 2 * SIDE) {
+            const sb_tile t = {.x = dy + i * TOKENS,
+                               .w = x + j * 2,
+                               .cols = first,
+                               .blocks = 1,
+                               .chunks = tokens / TOKENS,
+                               .acc = out + i * width + j,
+                               .acc_stride = width};
+            if (height - i > SIDE && width - j > SIDE) multiply(1, 2, 2, TOKENS, width, height, &t);
+            else if (height - i > SIDE) multiply(1, 2, 1, TOKENS, width, height, &t);
+            else if (width - j > SIDE) multiply(1, 1, 2, TOKENS, width, height, &t);
+            else multiply(1, 1, 1, TOKENS, width, height, &t);
+        }
+}
+
+static double peak(int dtype, int64_t iterations) {
+    (void)dtype;
+    prepare(2 * SIDE, 2 * SIDE, SB_LONGEST_CHUNK);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    for (int64_t n = 0; n < iterations; n++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    finish();
+    return (double)iterations * 4 * 2 * SIDE * SIDE * SB_LONGEST_CHUNK;
+}
+
+/* The processor has the tiles, and the kernel lends this process the room to save them. */
+static int supported(void) {
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, BFLOAT16_TILES = 1 << 22, TILES = 1 << 24 };
+    unsigned a, b, c, d;
+    if (!sb_avx512bf16.supported() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    return (d & TILES) && (d & BFLOAT16_TILES) && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+}
+
+const sb_kernels sb_amx = {.name = "amx",
+                           .base = &sb_avx512bf16,
+                           .groups = {32, 32, 32, 0, 0},
+                           .packed_size = {4, 2, 4},
+                           .pair = pair,
+                           .prepare = prepare,
+                           .finish = finish,
+                           .outer_pairs = outer_pairs,
+                           SB_COMMON_KERNELS};

@@ -1,0 +1,136 @@
+"""The short way to the native core: the same result, and never taken where something else must see the product."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from native_cases import needs_core, random_weight
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from superblock.bsr import BSRMatrix
+from superblock.errors import ConfigError, MatrixError
+from superblock.nn import BSRLinear
+from superblock.ops import arguments, cpu, direct, reference
+
+pytestmark = needs_core
+
+
+@pytest.fixture
+def layer() -> BSRLinear:
+    values, crow, col = random_weight(48, 32, (16, 16))
+    return BSRLinear(BSRMatrix(crow, col, values, (48, 32)), torch.randn(48)).requires_grad_(False)
+
+
+def expected(layer: BSRLinear, x: torch.Tensor) -> torch.Tensor:
+    tensors = layer.values.double(), layer.crow_indices, layer.col_indices, layer.bias.double()
+    return reference.linear(x.double(), *tensors, None, 48, 32, "none").float()
+
+
+def taken(layer: BSRLinear, x: torch.Tensor) -> bool:
+    tensors = layer.values, layer.crow_indices, layer.col_indices, layer.bias
+    return direct.product(x, *tensors, (48, 32), "none") is not None
+
+
+def test_inference_takes_it(layer: BSRLinear) -> None:
+    for shape in ((32,), (5, 32), (2, 3, 32), (0, 32)):
+        x = torch.randn(*shape)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                assert taken(layer, x)
+                torch.testing.assert_close(layer(x), expected(layer, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_what_must_see_the_product_does(layer: BSRLinear) -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class SeenFunction(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Own(torch.Tensor):
+        pass
+
+    def refused(each: torch.Tensor) -> torch.Tensor:
+        assert not taken(layer, each)
+        return each
+
+    x = torch.randn(5, 32)
+    assert not taken(layer, x)  # Gradients are on.
+    with torch.no_grad():
+        for mode in (Seen, SeenFunction):
+            names: list[str] = []
+            with mode():
+                layer(x)
+            assert any("bsr_linear" in name for name in names)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with torch.profiler.profile() as profile:
+            layer(x)
+        assert any("bsr_linear" in event.name for event in profile.events())
+        assert "bsr_linear" in make_fx(layer)(x).code
+        assert "bsr_linear" in str(torch.jit.trace(layer, x, check_trace=False).inlined_graph)
+        assert not taken(layer, x.as_subclass(Own))
+        assert not taken(layer, x.to("meta"))
+        with torch.autograd.forward_ad.dual_level():
+            assert not taken(layer, x)
+        torch.func.vmap(refused)(x)
+
+
+def test_bad_input_is_refused_on_the_short_way_too(layer: BSRLinear) -> None:
+    with torch.no_grad():
+        with pytest.raises(MatrixError, match=r"expected \[..., 32\] of torch.float32 on cpu, got \(2, 31\)"):
+            layer(torch.zeros(2, 31))
+        with pytest.raises(MatrixError, match=r"x must be \[..., 32\] .* got \(\)"):
+            layer(torch.zeros(()))
+        with pytest.raises(ConfigError, match=r"activation must be one of .*, got 'tan'"):
+            layer.project(torch.zeros(2, 32), "tan")
+
+
+@torch.no_grad()
+def test_replaced_tensors_are_seen(layer: BSRLinear) -> None:
+    """Each change leaves the layer's tensor objects what they were."""
+    x = torch.randn(5, 32)
+    layer(x)
+    layer.values.data = torch.randn_like(layer.values)
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    layer.values.data = layer.values.data.transpose(1, 2)  # The same address, other strides.
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    layer.bias.data = torch.randn(48)
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    layer.bias.data = torch.randn(96)[::2]
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    layer.bias.data = layer.bias.data[:40]
+    with pytest.raises(MatrixError, match=r"bias must be \[48\]"):
+        layer(x)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_of_a_dead_layer(layer: BSRLinear) -> None:
+    before = len(arguments._templates)
+    other = copy.deepcopy(layer)
+    other(torch.randn(5, 32))
+    assert len(arguments._templates) == before + 1
+    del other
+    assert len(arguments._templates) == before
+
+
+@torch.no_grad()
+def test_a_weight_used_in_two_ways_stays_itself() -> None:
+    """The kept product of a weight is the last one asked for, never another's."""
+    values, crow, col = random_weight(48, 32, (16, 16))
+    x, bias = torch.randn(5, 32), torch.randn(48)
+    for _ in range(2):
+        for added, activation in ((None, "none"), (bias, "relu"), (bias, "none")):
+            y = cpu.linear(x, values, crow, col, added, None, 48, 32, activation)
+            wide = None if added is None else added.double()
+            want = reference.linear(x.double(), values.double(), crow, col, wide, None, 48, 32, activation)
+            torch.testing.assert_close(y, want.float())
