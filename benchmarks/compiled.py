@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from superblock.bsr import BSRMatrix
 from superblock.ops.triton import activation, decode, masks, product, sampled
@@ -35,6 +36,7 @@ DENSITY = 0.2
 DTYPES = (torch.bfloat16, torch.float32)
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "cp.async": "cp.async.c"}
+INSTRUCTIONS["tma"] = "cp.async.bulk.tensor"
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 TYPES |= {torch.bool: "*i1", torch.int64: "*i64"}
 
@@ -65,6 +67,10 @@ def compile_launch(launch: Launch, capability: int, case: str = "", config: str 
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
+        if isinstance(value, TensorDescriptor):
+            tile = ", ".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype].removeprefix('*')}[{tile}]>"
+            continue
         pointer = isinstance(value, torch.Tensor)
         one = not pointer and value == 1 and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or one:
@@ -129,7 +135,9 @@ def launches(
             engine = decode if config.engine == "decode" else product
             found = engine.launches(x, operand, x, None, bias, None, follows, config)
         name = f"{op} {str(dtype).removeprefix('torch.')} {height}×{width}, {tokens} tokens"
-        yield name, f"{config.m}×{config.n}×{config.k}, {config.warps} warps, {config.stages} stages", found[0]
+        how = f"{config.m}×{config.n}×{config.k}, {config.warps} warps, {config.stages} stages"
+        how += ", turned" * config.turned + ", described" * config.described
+        yield name, how, found[0]
 
 
 def mask_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch]]:

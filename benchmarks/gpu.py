@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -60,11 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for stage in (
             gpu_checks.check, gpu_stages.peaks, gpu_stages.products, gpu_stages.training, gpu_stages.decoding,
-            gpu_stages.transformers, gpu_stages.mask_overhead, gpu_stages.tuned_torch_product,
+            gpu_stages.transformers, gpu_stages.mask_overhead, gpu_stages.more_products, gpu_stages.tuned_torch_product,
         ):  # fmt: skip
             stage(bench)
     finally:
-        write(args.output, bench.rows, describe(device))
+        words = sys.argv[1:] if argv is None else argv
+        write(args.output, bench.rows, {**describe(device), "command": shlex.join(["benchmarks/gpu.py", *words])})
     return 0
 
 

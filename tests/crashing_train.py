@@ -1,10 +1,14 @@
-"""``train``, whose last worker kills itself in the middle of epoch 1, once: given first the file that remembers it."""
+"""``train``, whose last worker kills itself in the middle of epoch 1, once: given first the file that remembers it.
+
+It comes back late, so that the other one looks for it while only its dead predecessor is to be found.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,4 +27,6 @@ def crash(learner: loop.Learner, config: Any, epoch: int, step: int) -> None:
 
 
 loop._update = crash
+if os.environ["RANK"] == "1" and Path(remembered).exists():
+    time.sleep(2)
 raise SystemExit(run("train", arguments))

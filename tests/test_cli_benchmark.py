@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import digits_checkpoint, refused, run
 
 from superblock import BSRLinear
+from superblock.benchmarking import Timing
 from superblock.cli import benchmark
 
 QUICK = ("benchmark", "--model", "vit_digits", "--device", "cpu", "-b", "2", "--warmup", "0", "--iters", "2")
@@ -67,6 +70,29 @@ def test_comparisons_are_timed_in_the_same_run(
     assert 0 <= result["verification"]["largest_difference"] < 1e-4
     assert 0.7 < result["report"]["model_sparsity"] < result["report"]["masked_sparsity"] < 0.85
     assert f"{result['timings']['model']['median_ms']:.3f} ms\n" == err
+
+
+def test_convolutional_models_run_in_channels_last(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, bool] = {}
+
+    def look(calls: dict[str, Any], *_: object, **__: object) -> dict[str, Timing]:
+        for name, call in calls.items():
+            images, model = inspect.getclosurevars(call).nonlocals["images"], call.__defaults__[0]
+            seen[name] = all(
+                tensor.is_contiguous(memory_format=torch.channels_last)
+                for tensor in (images, *(kernel for kernel in model.parameters() if kernel.dim() == 4))
+            )
+        return {name: Timing((1.0,)) for name in calls}
+
+    monkeypatch.setattr(benchmark, "measure", look)
+    arguments = ("benchmark", "--device", "cpu", "-b", "2", "--val-crop-size", "32", "--compare", "dense")
+    sparse = ("--sparsity-conv1x1", "0.5", "--sp-conv1x1-tile-size", "16", "--sparsify-weights", "--bsr")
+    status, out, err = run(capsys, *arguments, "--model", "resnet18", *sparse)
+    assert status == 0, err
+    assert "resnet18, batch 2, 32 × 32, torch.float32, cpu, channels-last" in out
+    assert seen == {"model": True, "dense": True}
 
 
 def test_nothing_is_timed_when_the_forms_disagree(

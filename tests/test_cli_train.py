@@ -158,6 +158,7 @@ def test_an_original_checkpoint_goes_on_with_its_masks_average_and_epoch(
     content = read_checkpoint(tmp_path / "checkpoint.pth")
     assert [record["epoch"] for record in content["metrics"]] == [4, 5]
     assert content["config"]["supermask"]["rule"] == "original"
+    assert [group["initial_lr"] for group in content["optimizer"]["param_groups"]] == [0.001, 0.1]  # Weights, scores.
     assert content["model_ema"] is not None
     before = read_checkpoint(ORIGINAL)
     assert content["model_ema"]["n_averaged"] == before["model_ema"]["n_averaged"] + 2

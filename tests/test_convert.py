@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from native_cases import needs_core
 from networks import ConvNet, FeedForward, Tied, Transformer
 from torch import nn
 
@@ -20,8 +21,10 @@ from superblock import (
     to_bsr,
 )
 from superblock.errors import ConfigError, ModelError
+from superblock.inspection import model_report
 
 LINEAR = SupermaskConfig(linear=TileSparsity(0.75, 8))
+CONVOLUTIONS = SupermaskConfig(conv1x1=TileSparsity(0.5, 8), conv=TileSparsity(0.5, 8))
 EVERYTHING = SupermaskConfig(linear=TileSparsity(0.5, 8), conv1x1=TileSparsity(0.5, 4), conv=TileSparsity(0.5, 4))
 IMAGES, TOKENS = torch.randn(2, 3, 9, 9), torch.randn(2, 5, 12)
 torchvision = pytest.importorskip("torchvision", reason="needs the vision extra")
@@ -72,6 +75,12 @@ def test_outputs_agree(build: type, config: SupermaskConfig, x: torch.Tensor, bl
         ("swin_v2_t", 64, SupermaskConfig(linear=TileSparsity(0.8, 32))),
         ("convnext_tiny", 32, SupermaskConfig(linear=TileSparsity(0.8, 32))),
         ("mobilenet_v2", 32, SupermaskConfig(conv1x1=TileSparsity(0.5, 8))),
+        ("resnet18", 40, CONVOLUTIONS),
+        ("resnet50", 40, CONVOLUTIONS),
+        ("efficientnet_b0", 32, CONVOLUTIONS),
+        ("googlenet", 32, CONVOLUTIONS),
+        ("regnet_x_400mf", 32, CONVOLUTIONS),
+        ("densenet121", 32, CONVOLUTIONS),
     ],
 )
 def test_torchvision_models_whose_weights_are_read_in_other_ways(name: str, size: int, config: SupermaskConfig) -> None:
@@ -117,9 +126,50 @@ def test_what_has_no_bsr_form_stays_dense_and_says_why() -> None:
     model = folded(ConvNet(), EVERYTHING)
     notes = {layer.name: layer.note for layer in to_bsr(model).layers}
     assert isinstance(model.pointwise, BSRConv2d)
-    assert notes["stem"] == "stays dense: no BSR kernel for convolutions over several positions"
-    assert notes["grouped1x1"] == "stays dense: no BSR kernel for grouped convolutions"
+    sides = "stays dense: the native core takes block sides that are multiples of 8, not 4 × 4"
+    assert notes["stem"] == notes["grouped"] == notes["grouped1x1"] == sides
     assert notes["pointwise"] == ""
+
+
+def convolution_notes(config: SupermaskConfig, device: str = "cpu") -> dict[str, str]:
+    model = nn.ModuleDict(
+        {
+            "full": nn.Conv2d(32, 32, 3),
+            "few": nn.Conv2d(3, 32, 3),
+            "narrow": nn.Conv2d(32, 32, 3, groups=4),
+            "narrow1x1": nn.Conv2d(32, 32, 1, groups=4),
+            "grouped": nn.Conv2d(32, 32, 3, groups=2),
+            "pointwise": nn.Conv2d(32, 32, 1),
+        }
+    )
+    return {layer.name: layer.note for layer in to_bsr(folded(model, config).to(device)).layers}
+
+
+@needs_core
+def test_convolutions_without_a_kernel_say_why() -> None:
+    tiles = TileSparsity(0.5, 16)
+    notes = convolution_notes(SupermaskConfig(conv1x1=tiles, conv=tiles))
+    assert notes["few"] == "stays dense: its 9 living blocks of 16 × 16 would hold more than the dense weight"
+    assert notes["narrow"] == "stays dense: the 8 outputs of a group do not divide into blocks of 16"
+    assert notes["narrow1x1"] == notes["narrow"]
+    assert notes["full"] == notes["grouped"] == notes["pointwise"] == ""
+
+
+@needs_core
+def test_a_convolution_is_reported_alike_by_conversion_and_later() -> None:
+    model = folded(nn.Sequential(nn.Conv2d(24, 40, 3)), SupermaskConfig(conv=TileSparsity(0.5, 16)))
+    (line,) = to_bsr(model).layers
+    (later,) = model_report(model).layers
+    assert (line.kind, line.shape, line.grid) == ("conv", (40, 24, 3, 3), (3, 18))
+    assert (later.kind, later.shape, later.grid) == (line.kind, line.shape, line.grid)
+    assert line.zeros == later.zeros == int((model[0].dense() == 0).sum())
+
+
+def test_convolutions_on_another_device_stay_dense() -> None:
+    tiles = TileSparsity(0.5, 16)
+    notes = convolution_notes(SupermaskConfig(conv1x1=tiles, conv=tiles, exclude=("pointwise",)), "meta")
+    assert notes["full"] == "stays dense: no kernel for k×k convolutions on meta"
+    assert notes["narrow1x1"] == "stays dense: no kernel for grouped convolutions on meta"
 
 
 @pytest.mark.parametrize(

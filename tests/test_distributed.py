@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from images import write_fashion
 from superblock.cli.main import run
 from superblock.errors import BackendError, ConfigError, DataError
 from superblock.files import read_checkpoint
-from superblock.training.distributed import World, joined, on_main
+from superblock.training.distributed import World, agreed_name, joined, on_main
 
 ROOT = Path(__file__).parents[1]
 TRAIN = shlex.split(
@@ -115,12 +116,31 @@ def test_slurm_and_a_url_join_processes_too(monkeypatch: pytest.MonkeyPatch, tmp
     asked: dict[str, object] = {}
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **rest: asked.update(rest))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr("superblock.training.distributed.agreed_name", lambda store, rank, size: "ours")
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "2")
     with joined(torch.device("cpu"), 4, f"file://{tmp_path}/meet") as world:
         assert (world.rank, world.size, world.main) == (2, 4, False)
-    assert asked == {"init_method": f"file://{tmp_path}/meet", "rank": 2, "world_size": 4}
+    store = asked.pop("store")
+    assert isinstance(store, torch.distributed.PrefixStore)
+    store.set("key", "value")
+    assert store.underlying_store.get("ours/key") == b"value"
+    assert asked == {"rank": 2, "world_size": 4}
+
+
+def test_processes_started_again_agree_on_a_new_name() -> None:
+    store = torch.distributed.HashStore()
+    for other in ("1", "2"):
+        store.set(f"superblock/greeting/{other}", "of a process that is dead")
+    names = set[str]()
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            agreed = [pool.submit(agreed_name, store, rank, 3) for rank in (0, 1, 2)]
+        name, *others = (future.result(timeout=60) for future in agreed)
+        assert others == [name, name]
+        names.add(name)
+    assert len(names) == 3
 
 
 def test_what_the_main_process_finds_out_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,16 @@ class _Touch:
 def test_foreign_classes_are_refused_and_never_executed(tmp_path: Path, foreign: str) -> None:
     trap = tmp_path / "trap"
     torch.save({"x": _Touch(trap) if foreign == "executing" else Path("a")}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="holds more than tensors, numbers, strings and containers"):
+        read_checkpoint(tmp_path / "a.pth")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.filterwarnings("error")
+def test_a_bare_pickle_of_foreign_classes_is_refused_alike(tmp_path: Path, protocol: int) -> None:
+    trap = tmp_path / "trap"
+    (tmp_path / "a.pth").write_bytes(pickle.dumps(_Touch(trap), protocol))
     with pytest.raises(CheckpointError, match="holds more than tensors, numbers, strings and containers"):
         read_checkpoint(tmp_path / "a.pth")
     assert not trap.exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from test_bsr import blocky
 from torch import nn
 
 from superblock import BSRConv2d, BSRLinear, BSRMatrix, BSRMultiheadAttention
+from superblock.convert import padding_of
 from superblock.errors import MatrixError, ModelError
+from superblock.ops.convolution import matrix_of
 
 
 def linear_pair(out_features: int = 50, in_features: int = 24) -> tuple[nn.Linear, BSRLinear]:
@@ -55,6 +59,75 @@ def test_pointwise_convolution(
     torch.testing.assert_close(sparse(x), dense(x))
     assert sparse(x).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(sparse(x[0]), dense(x[0]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1, "stride": 2},
+        {"padding": "same", "dilation": 2},
+        {"padding": "same", "kernel_size": (2, 4)},
+        {"padding": "valid"},
+        {"padding": (1, 2), "padding_mode": "circular"},
+        {"padding": "same", "kernel_size": (4, 3), "padding_mode": "reflect"},
+        {"padding": 2, "groups": 2, "bias": False},
+    ],
+    ids=str,
+)
+def test_convolution(options: dict[str, Any]) -> None:
+    dense = nn.Conv2d(32, 48, **{"kernel_size": 3, **options})
+    dense.weight.data *= (
+        (torch.rand(6, 4 // dense.groups) < 0.4).repeat_interleave(8, 0).repeat_interleave(8, 1)[:, :, None, None]
+    )
+    sparse = sparse_convolution(dense, 8)
+    for x in (torch.randn(2, 32, 7, 9), torch.randn(32, 7, 9)):
+        torch.testing.assert_close(sparse(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert sparse(torch.randn(2, 32, 7, 9)).is_contiguous(memory_format=torch.channels_last)
+    for layer in (sparse, dense):
+        x = torch.linspace(-1, 1, 2 * 32 * 7 * 9).view(2, 32, 7, 9).requires_grad_()
+        layer(x).square().sum().backward()
+        layer.seen = x.grad
+    torch.testing.assert_close(sparse.seen, dense.seen, rtol=1e-3, atol=1e-4)
+    grad = sparse.dense(sparse.values.grad)
+    torch.testing.assert_close(grad, dense.weight.grad * (dense.weight != 0), rtol=1e-3, atol=1e-3)
+
+
+def test_a_convolution_tells_its_shape_and_survives_copies() -> None:
+    dense = nn.Conv2d(16, 24, (3, 5), stride=2, padding=1)
+    layer = sparse_convolution(dense, 8)
+    told = "16, 24, kernel_size=(3, 5), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1, bias=True"
+    assert repr(layer) == f"BSRConv2d({told}, blocksize=(8, 8), nnz=90)"
+    torch.testing.assert_close(layer.dense(), dense.weight)
+    assert layer.weight_shape == (24, 16, 3, 5)
+    x = torch.randn(1, 16, 9, 9)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(twin(x), layer(x))
+    twin.values.data.zero_()
+    twin.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(twin(x), layer(x))
+
+
+def test_a_convolution_exports() -> None:
+    layer = sparse_convolution(nn.Conv2d(16, 24, 3, padding="same"), 8)
+    exported = torch.export.export(
+        layer, (torch.randn(2, 16, 8, 8),), dynamic_shapes=({0: torch.export.Dim("n", min=2)},)
+    )
+    x = torch.randn(5, 16, 8, 8)
+    torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+def sparse_convolution(dense: nn.Conv2d, block: int) -> BSRConv2d:
+    """As conversion makes it, whatever the blocks hold."""
+    return BSRConv2d(
+        matrix_of(dense.weight, block),
+        dense.bias,
+        dense.stride,
+        padding_of(dense),
+        dense.padding_mode,
+        tuple(dense.weight.shape),
+        dense.dilation,
+        dense.groups,
+    )
 
 
 def attention_pair(batch_first: bool) -> tuple[nn.MultiheadAttention, BSRMultiheadAttention]:

@@ -163,6 +163,15 @@ def test_autocast_casts_as_linear_does(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
 
+def test_autocast_keeps_a_wider_residual_whole() -> None:
+    matrix = BSRMatrix.from_dense(blocky((24, 20), 8), 8)
+    x, residual = torch.randn(6, 20), 1000 + torch.randn(6, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, product = bsr_linear(x, matrix, residual=residual), bsr_linear(x, matrix)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, product + residual)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic: bool) -> None:
     matrix = BSRMatrix.from_dense(blocky((24, 20), 8), 8)

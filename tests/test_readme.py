@@ -38,3 +38,23 @@ def test_the_results_are_those_of_the_committed_record() -> None:
         assert line in README
     dense, sparse = (record["vit_b_16"]["timings"][name]["median_ms"] for name in ("dense", "model"))
     assert f"takes {sparse:.0f} ms,\ndense {dense:.0f} ms in torch: {dense / sparse:.2f}× as fast" in README
+
+
+def test_the_gpu_results_are_those_of_the_committed_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in record["rows"]}
+    assert f"On an {record['machine']['device']}," in README
+    shown = {
+        "4096 × 4096, 65536 tokens": ("4096, 64k 4096×4096, 65536 tokens, block 64", "speedup"),
+        "4096 × 4096, forward and backward": ("forward + backward 4096×4096, 16384 tokens, block 64", "speedup"),
+        "ViT-B/16, batch 256": ("ViT-B/16, batch 256, torch.bfloat16", None),
+        "ViT-H/14, batch 256": ("ViT-H/14, batch 256, torch.bfloat16", None),
+        "ViT-B/16, batch 256, float32, no TF32": ("ViT-B/16, batch 256, torch.float32", None),
+    }
+    for label, (name, key) in shown.items():
+        cells = []
+        for sparsity in ("80%", "90%"):
+            found = rows[f"{name}, {sparsity}"][key] if key else rows[name].get(f"speedup {sparsity}/64")
+            cells.append(f"{found:.2f}×" if found else "")
+        line = f"| {label:<37} | {cells[0]:<5} | {cells[1]:<5} |"
+        assert line in README, line

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from few_digits import few_digits  # noqa: F401 (a fixture)
 from images import write_images
 
-from superblock import SupermaskConfig, TileSparsity
+from superblock import Supermask, SupermaskConfig, TileSparsity
 from superblock.errors import CheckpointError, ConfigError, DataError, TrainingError
 from superblock.files import read_checkpoint, write_checkpoint
 from superblock.training import (
@@ -69,7 +70,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     [
         {"data": DataConfig(dataset="digits", batch_size=16, mixup_alpha=0.2, cutmix_alpha=1.0, auto_augment="ra")},
         {
-            "optimizer": OptimizerConfig(lr=0.01),
+            "optimizer": OptimizerConfig(lr=0.01, score_lr=0.1),
             "schedule": ScheduleConfig(step_size=1),
             "average": None,
             "amp": True,
@@ -77,7 +78,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
             "data": DataConfig(dataset="digits", batch_size=16, ra_sampler=True, random_erase=0.5),
         },
     ],
-    ids=["adamw-cosine-ema-mixup-ra", "sgd-step-amp-accumulation-erase"],
+    ids=["adamw-cosine-ema-mixup-ra", "sgd-step-amp-accumulation-erase-trained-scores"],
 )
 def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     whole = fit(config(tmp_path / "whole", **changes), quiet=True)
@@ -283,6 +284,8 @@ def test_training_goes_on_from_weights_alone(tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"accumulation_steps": 0}, "accumulation steps must be at least 1"),
         ({"label_smoothing": 1.5}, "label smoothing must be at most 1"),
+        ({"sparsity_ramp": -0.1}, "sparsity ramp must be at least 0, got -0.1"),
+        ({"sparsity_ramp": 1.1}, "sparsity ramp must be at most 1, got 1.1"),
         ({"resume": "auto"}, "--resume auto needs --output-dir"),
         ({"tensorboard": True}, "--tensorboard needs --output-dir"),
     ],
@@ -310,3 +313,19 @@ def test_a_run_that_cannot_be_meant_is_refused(changes: dict[str, Any], message:
 def test_a_part_that_cannot_be_meant_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_each_masked_weight_is_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    forward = Supermask.forward
+
+    def counted(self: Supermask, weight: torch.Tensor) -> torch.Tensor:
+        made.append(id(self)) if torch.is_grad_enabled() else None
+        return forward(self, weight)
+
+    monkeypatch.setattr(Supermask, "forward", counted)
+    steps: list[int] = []
+    monkeypatch.setattr(loop, "_update", lambda *_: steps.append(len(made)))
+    fit(config(epochs=1, average=None), quiet=True)
+    assert {after - before for before, after in pairwise(steps)} == {len(set(made))}

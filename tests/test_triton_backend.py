@@ -76,10 +76,12 @@ def test_a_walk_lists_the_union_of_merged_rows_longest_panel_first() -> None:
     plan = plan_of(crow, cols, 6, 4, 3)
     walk = plan.walk(2, False)
     assert walk.ids is not None
-    assert walk.starts.tolist() == [0, 2, 5]
-    assert walk.cols.tolist() == [0, 1, 0, 1, 2]
-    assert walk.ids.tolist() == [[-1, 1], [0, 2], [-1, 3], [-1, 4], [-1, 5]]
-    assert walk.order.tolist() == [1, 0]
+    assert walk.rows is not None
+    assert walk.rows.tolist() == [[1, 3], [0, 2]]
+    assert walk.starts.tolist() == [0, 3, 4]
+    assert walk.cols.tolist() == [0, 1, 2, 1]
+    assert walk.ids.tolist() == [[1, 3], [2, 4], [-1, 5], [0, -1]]
+    assert walk.order.tolist() == [0, 1]
     transposed = plan.walk(1, True)
     assert transposed.ids is not None
     assert transposed.starts.tolist() == [0, 2, 5, 6]

@@ -79,13 +79,7 @@ def test_calls_bind_as_they_were_compiled(monkeypatch: pytest.MonkeyPatch) -> No
     rows = [*compiled.launches("linear", torch.bfloat16, (64, 64), 4096, limit=1)]
     rows += [*compiled.launches("grad_values", torch.bfloat16, (64, 64), 4096, limit=1)]
     for case, config, launch in [*rows, *everything_else()]:
-        kernel = launch.kernel.warmup(
-            **launch.arguments,
-            grid=launch.grid,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            enable_fp_fusion=True,
-        )
+        kernel = launch.compile()
         looked_at = compiled.compile_launch(launch, 90, case, config)
         found = {name: kernel.asm["ptx"].count(text) for name, text in compiled.INSTRUCTIONS.items()}
         assert (found, kernel.metadata.shared) == (looked_at.instructions, looked_at.shared)

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("name", ["products", "sampled", "backend"])
+@pytest.mark.parametrize("name", ["products", "sampled", "backend", "activations"])
 def test_against_float64(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "SUPERBLOCK_TUNE_FILE": str(tmp_path / "tuned.json")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{FOLDER / name}.py"]

@@ -33,6 +33,8 @@ class Product:
     tokens: int
     tile: tuple[int, int, int]
     engine: str = "product"
+    turned: bool = False
+    described: bool = False
 
 
 PRODUCTS = (
@@ -45,6 +47,10 @@ PRODUCTS = (
     Product((130, 260), (128, 128), 3, (16, 128, 64)),
     Product((40, 600), (16, 16), 9, (16, 16, 16)),  # sums long enough to be cut in parts
     Product((40, 1200), (16, 16), 9, (16, 32, 16)),  # the same, of merged rows
+    Product((100, 75), (16, 32), 37, (32, 64, 32), turned=True),  # outputs on the tensor core's M axis
+    Product((128, 96), (64, 32), 70, (64, 64, 32), turned=True, described=True),  # x through a descriptor
+    Product((112, 88), (16, 32), 37, (32, 64, 16), turned=True, described=True),  # merged, cut by every edge
+    Product((100, 75), (16, 32), 37, (32, 32, 32), described=True),  # rows that no descriptor takes
     Product((100, 75), (16, 32), 1, (1, 16, 64), "decode"),
     Product((130, 100), (128, 16), 3, (4, 8, 32), "decode"),
     Product((64, 256), (16, 128), 2, (2, 16, 64), "decode"),
@@ -108,7 +114,7 @@ def check_product(case: Product, dtype: torch.dtype, transposed: bool, activatio
     engine = decode if case.engine == "decode" else product
     with nan_filled():
         y, z = (x.new_empty(case.tokens, out_features) for _ in range(2))
-        config = Config(case.engine, m, n, k, 4, 2)
+        config = Config(case.engine, m, n, k, 4, 2, case.turned, case.described)
         for launch in engine.launches(x, operand, y, z, bias, residual, activation, config):
             launch.run()
     dense = matrix.to_dense().double().cpu()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from superblock.version import version
 
@@ -90,6 +91,12 @@ def measure(
             break
     synchronize(device)
     return {name: Timing(tuple(one[name]() for one in rounds)) for name in calls}
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether most of a model's parameters are convolutions': such models are fastest in ``torch.channels_last``."""
+    kernels = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv2d))
+    return 2 * kernels > sum(parameter.numel() for parameter in model.parameters())
 
 
 def synchronize(device: torch.device) -> None:

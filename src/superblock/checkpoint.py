@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from superblock.bsr import BSRMatrix
-from superblock.convert import dense_linear
+from superblock.convert import dense_linear, fuse
 from superblock.errors import CheckpointError, MatrixError, ModelError
 from superblock.files import write_atomically
-from superblock.fuse import fuse_activations
-from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight
+from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight, FoldedBatchNorm
 from superblock.surgery import masked_weights
 
 FORMAT = "superblock"
@@ -81,7 +80,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         if name.rpartition(".")[0] not in content["layers"]:  # An attention installs its projections itself.
             _install(model, name, content["layers"], tensors, path)
     load_matching(model, tensors, str(path))
-    fuse_activations(model)
+    fuse(model)
     return model
 
 
@@ -145,8 +144,11 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
         options = ("num_heads", "dropout", "batch_first")
     elif isinstance(module, BSRConv2d):
         options = ("out_features", "in_features", "stride", "padding", "padding_mode")
+        options = (*options, "kernel_shape", "dilation", "groups")
     elif isinstance(module, BSRLinear):
         options = ("out_features", "in_features")
+    elif isinstance(module, FoldedBatchNorm):
+        options = ("into",)
     else:
         return None
     return {"type": type(module).__name__, **{name: getattr(module, name) for name in options}}
@@ -164,23 +166,33 @@ def _install(model: nn.Module, name: str, layers: dict[str, Any], tensors: dict[
         ) from error
     if isinstance(old, (BSRWeight, BSRMultiheadAttention)):
         raise CheckpointError(f"{name} is block-sparse already: load into a dense {type(model).__name__}")
-    described = tuple(layers[name].get(side) for side in ("out_features", "in_features"))
-    if isinstance(old, (nn.Linear, nn.Conv2d)) and tuple(old.weight.shape[:2]) != described:
+    described = layers[name].get("kernel_shape") or [layers[name].get(side) for side in ("out_features", "in_features")]
+    if isinstance(old, (nn.Linear, nn.Conv2d)) and list(old.weight.shape) != described:
+        there, here = (" × ".join(map(str, shape)) for shape in (described, old.weight.shape))
         raise CheckpointError(
-            f"{path} is of another model than {type(model).__name__}: {name} is {described[0]} × {described[1]} there "
-            f"and {old.weight.shape[0]} × {old.weight.shape[1]} here"
+            f"{path} is of another model than {type(model).__name__}: {name} is {there} there and {here} here"
         )
     try:
         new = _layer(name, layers, tensors)
     except (KeyError, TypeError, MatrixError) as error:
         raise CheckpointError(f"{path} is damaged: {name} cannot be rebuilt: {error}") from error
+    if isinstance(new, FoldedBatchNorm):
+        _take_bias(parent.get_submodule(new.into))
     device = next((tensor.device for tensor in old.parameters()), None)
     parent._modules[child] = new.to(device).train(old.training)
+
+
+def _take_bias(layer: nn.Module) -> None:
+    """Let a dense convolution hold the bias that a folded batch norm gave it."""
+    if isinstance(layer, nn.Conv2d) and layer.bias is None:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels))
 
 
 def _layer(name: str, layers: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     options = dict(layers[name])
     kind = options.pop("type")
+    if kind == "FoldedBatchNorm":
+        return FoldedBatchNorm(**options)
     if kind == "BSRMultiheadAttention":
         in_proj, out_proj = (_projection(f"{name}.{part}", layers, tensors) for part in ("in_proj", "out_proj"))
         return BSRMultiheadAttention(in_proj, out_proj, **options)
@@ -189,8 +201,8 @@ def _layer(name: str, layers: dict[str, Any], tensors: dict[str, Tensor]) -> nn.
     if kind == "BSRLinear":
         return BSRLinear(matrix, bias)
     if kind == "BSRConv2d":
-        stride, padding = tuple(options["stride"]), tuple(options["padding"])
-        return BSRConv2d(matrix, bias, stride, padding, options["padding_mode"])
+        lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+        return BSRConv2d(matrix, bias, **{**options, **lists})
     raise KeyError(f"unknown layer type {kind}")
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from superblock.batch_norm import fold_batch_norms
 from superblock.bsr import BSRMatrix
 from superblock.errors import ConfigError, ModelError
 from superblock.feed_forward import fuse_feed_forward
 from superblock.fuse import fuse_activations
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight
+from superblock.ops import cpu
+from superblock.ops.convolution import matrix_of
 from superblock.report import LayerReport, Report
+from superblock.residual import fuse_residuals
 from superblock.surgery import Fold, folds, folds_of, masked_weights
 
 ATTENTION_PARTS = {"in_proj_weight": "in_proj", "out_proj.weight": "out_proj"}
@@ -19,9 +25,11 @@ ATTENTION_PARTS = {"in_proj_weight": "in_proj", "out_proj.weight": "out_proj"}
 def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
     """Swap every folded layer for its BSR form, in place.
 
-    Linear layers become :class:`BSRLinear`, 1×1 convolutions :class:`BSRConv2d`, ``nn.MultiheadAttention``
-    :class:`BSRMultiheadAttention`; the activation after a linear layer moves into it. What has no BSR form yet keeps
-    its folded dense weight, and the report says why.
+    Linear layers become :class:`BSRLinear`, convolutions :class:`BSRConv2d`, ``nn.MultiheadAttention``
+    :class:`BSRMultiheadAttention`. What has no BSR form keeps its folded dense weight, and the report says why: so do
+    convolutions over several positions on a GPU. Batch norms in eval mode move into the convolution before them for
+    good, activations and residual additions into the product before them, and convolutions pass images on in
+    ``torch.channels_last``.
 
     Args:
         model: a model after :func:`sparsify_weights`.
@@ -52,15 +60,27 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
         if not owned:
             continue
         taken.update(id(part) for part in module.modules())
-        reason = _no_bsr_form(module) if layer else "it is the model itself: wrap it in a module"
+        block = blocksize or next(iter(owned.values()))[1].target.tile_size
+        reason = _no_bsr_form(module, block) if layer else "it is the model itself: wrap it in a module"
         if reason is None:
             swaps[id(module)] = _bsr_form(module, owned, blocksize).train(module.training)
         for name, (weight, fold) in owned.items():
-            lines.append(_line(f"{layer}.{name}", module, weight, fold, swaps.get(id(module)), name, reason))
+            lines.append((f"{layer}.{name}", module, weight, fold, swaps.get(id(module)), name, reason))
     _replace(model, swaps)
+    notes = fold_batch_norms(model)
+    fuse(model)
+    return Report(tuple(_line(*line, notes.get(id(line[4]), "")) for line in lines), parameters)
+
+
+def fuse(model: nn.Module) -> None:
+    """Move what follows a block-sparse product into it, and keep images in channels-last order, in place."""
     fuse_activations(model)
     fuse_feed_forward(model)
-    return Report(tuple(lines), parameters)
+    fuse_residuals(model)
+    if any(isinstance(module, BSRConv2d) for module in model.modules()):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # Torch's convolutions answer in the memory format of their weight.
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def check_block(blocksize: int | None, tile_size: int, name: str = "") -> None:
@@ -82,7 +102,7 @@ def _owned_folds(module: nn.Module) -> dict[str, tuple[Tensor, Fold]]:
     return {name: (_get(module, name), fold) for name, fold in owned.items()}
 
 
-def _no_bsr_form(module: nn.Module) -> str | None:
+def _no_bsr_form(module: nn.Module, block: int) -> str | None:
     """Why a folded layer keeps its dense weight, or ``None``."""
     kind = type(module)
     if isinstance(module, nn.MultiheadAttention):
@@ -98,18 +118,38 @@ def _no_bsr_form(module: nn.Module) -> str | None:
     if isinstance(module, nn.Conv2d):
         if kind.forward is not nn.Conv2d.forward:
             return f"{kind.__name__} has a forward of its own"
-        if module.kernel_size != (1, 1):
-            return "no BSR kernel for convolutions over several positions"
-        if module.groups > 1:
-            return "no BSR kernel for grouped convolutions"
-        return None
+        return _no_convolution(module, block) if math.prod(module.kernel_size) * module.groups > 1 else None
     return f"no BSR form of {kind.__name__}"
+
+
+def _no_convolution(module: nn.Conv2d, block: int) -> str | None:
+    """Why a convolution over several positions, or in groups, keeps its dense weight, or ``None``."""
+    device, out, kernel = module.weight.device, module.out_channels, module.kernel_size
+    if device.type != "cpu":
+        return f"no kernel for {'grouped' if math.prod(kernel) == 1 else 'k×k'} convolutions on {device.type}"
+    if (reason := cpu.unsupported(module.weight.dtype, block, block)) is not None:
+        return reason
+    if module.groups > 1 and out // module.groups % block:
+        return f"the {out // module.groups} outputs of a group do not divide into blocks of {block}"
+    living = matrix_of(module.weight, block).nnz
+    if living * block * block >= module.weight.numel():
+        return f"its {living} living blocks of {block} × {block} would hold more than the dense weight"
+    return None
+
+
+def padding_of(module: nn.Conv2d) -> tuple[int, ...]:
+    """On both sides of height and width, or ``(left, right, top, bottom)`` where they differ."""
+    if not isinstance(module.padding, str):
+        return module.padding
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    return (top, left) if (left, top) == (right, bottom) else (left, right, top, bottom)
 
 
 def _bsr_form(module: nn.Module, owned: dict[str, tuple[Tensor, Fold]], blocksize: int | None) -> nn.Module:
     def matrix(name: str) -> BSRMatrix:
         weight, fold = owned[name]
-        return BSRMatrix.from_dense(weight.flatten(1), blocksize or fold.target.tile_size)
+        block = blocksize or fold.target.tile_size
+        return matrix_of(weight, block) if weight.dim() == 4 else BSRMatrix.from_dense(weight, block)
 
     if isinstance(module, nn.MultiheadAttention):
         parts: dict[str, nn.Module] = {}
@@ -123,8 +163,16 @@ def _bsr_form(module: nn.Module, owned: dict[str, tuple[Tensor, Fold]], blocksiz
             parts["in_proj"], parts["out_proj"], module.num_heads, module.dropout, module.batch_first
         )
     if isinstance(module, nn.Conv2d):
-        padding = (0, 0) if isinstance(module.padding, str) else module.padding
-        conv = BSRConv2d(matrix("weight"), module.bias, module.stride, padding, module.padding_mode)  # type: ignore[arg-type]
+        conv = BSRConv2d(
+            matrix("weight"),
+            module.bias,
+            module.stride,  # type: ignore[arg-type]
+            padding_of(module),
+            module.padding_mode,
+            tuple(module.weight.shape),
+            module.dilation,  # type: ignore[arg-type]
+            module.groups,
+        )
         return _as_trainable(conv, module.weight)
     assert isinstance(module, nn.Linear)  # By `_no_bsr_form`.
     return _as_trainable(BSRLinear(matrix("weight"), module.bias), module.weight)
@@ -146,7 +194,14 @@ def _as_trainable(layer: BSRWeight, weight: Tensor) -> BSRWeight:
 
 
 def _line(
-    name: str, module: nn.Module, weight: Tensor, fold: Fold, form: nn.Module | None, part: str, reason: str | None
+    name: str,
+    module: nn.Module,
+    weight: Tensor,
+    fold: Fold,
+    form: nn.Module | None,
+    part: str,
+    reason: str | None,
+    note: str,
 ) -> LayerReport:
     kind = "linear" if weight.dim() == 2 else "conv1x1" if weight.shape[2:].numel() == 1 else "conv"
     name = name.removesuffix(".weight")
@@ -169,17 +224,15 @@ def _line(
         tile=matrix.blocksize,
         grid=matrix.grid,
         sparsity=1 - matrix.density,
-        zeros=weight.numel() - stored_weights(matrix),
+        zeros=weight.numel() - stored_weights(held),
         parameters=weight.numel(),
+        note=note,
     )
 
 
-def stored_weights(matrix: BSRMatrix) -> int:
-    """How many weights inside the matrix's edges its blocks hold."""
-    ones = BSRMatrix(
-        matrix.crow_indices, matrix.col_indices, torch.ones_like(matrix.values, dtype=torch.float32), matrix.shape
-    )
-    return int(ones.to_dense().sum(dtype=torch.float64))
+def stored_weights(layer: BSRWeight) -> int:
+    """How many of the weight's entries its blocks hold, what lies beyond its edges aside."""
+    return int(layer.dense(torch.ones_like(layer.values, dtype=torch.float32)).sum(dtype=torch.float64))
 
 
 def _get(module: nn.Module, path: str) -> Tensor:

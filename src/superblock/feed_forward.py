@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import superblock.ops.feed_forward  # noqa: F401  Registers the op.
+from superblock.fuse import comes_from, watched
 from superblock.nn import BSRLinear
 
 
@@ -19,39 +20,44 @@ def fuse_feed_forward(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module).forward is nn.Sequential.forward and isinstance(module, nn.Sequential):
-            steps = [child for child in module if not _passes(child)]
-            if any(_chains(first, second) for first, second in pairwise(steps)):
+            steps = [child for child in module if not passes(child)]
+            if any(chains(first, second) for first, second in pairwise(steps)):
                 module.__class__ = FeedForwardSequential
-        elif type(module).__name__ == "Mlp" and type(module).__module__.startswith("timm."):
+        elif comes_from(module, "timm.", "Mlp"):
             idle = (module.act, module.drop1, module.norm, module.drop2)
-            if _chains(module.fc1, module.fc2) and all(_passes(child) for child in idle):
+            if chains(module.fc1, module.fc2) and passes(*idle):
                 module.__class__ = FeedForwardMlp
 
 
 class FeedForwardSequential(nn.Sequential):
     """A sequence in which two block-sparse layers that follow one another run as one."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.training:
-            return super().forward(x)
-        steps = [child for child in self if not _passes(child)]
+            y: Tensor = super().forward(x)
+            return y if residual is None else y + residual
+        steps = [child for child in self if not passes(child)]
         while steps:
-            if len(steps) > 1 and _chains(steps[0], steps[1]):
-                x = feed_forward(x, steps[0], steps[1])  # type: ignore[arg-type]
+            if len(steps) > 1 and chains(steps[0], steps[1]):
+                last = residual if len(steps) == 2 else None
+                x = feed_forward(x, steps[0], steps[1], last)  # type: ignore[arg-type]
+                residual = None if len(steps) == 2 else residual
                 steps = steps[2:]
             else:
                 x = steps.pop(0)(x)
-        return x
+        return x if residual is None else x + residual
 
 
 class FeedForwardMlp(nn.Module):
     """timm's ``Mlp`` after its activation has moved into its first layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training and _chains(self.fc1, self.fc2):
-            return feed_forward(x, self.fc1, self.fc2)  # type: ignore[arg-type]
-        y: Tensor = self.drop2(self.fc2(self.drop1(self.fc1(x))))  # type: ignore[operator]
-        return y
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        idle = (self.act, self.drop1, self.norm, self.drop2)
+        if not self.training and chains(self.fc1, self.fc2) and passes(*idle):
+            return feed_forward(x, self.fc1, self.fc2, residual)  # type: ignore[arg-type]
+        hidden = self.norm(self.drop1(self.act(self.fc1(x))))  # type: ignore[operator]
+        y: Tensor = self.drop2(self.fc2(hidden))  # type: ignore[operator]
+        return y if residual is None else y + residual
 
 
 def feed_forward(x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tensor | None = None) -> Tensor:
@@ -60,8 +66,7 @@ def feed_forward(x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tenso
     graded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     uniform = all(tensor is None or tensor.dtype == x.dtype for tensor in (*tensors, first.bias, second.bias))
     if graded or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not uniform:
-        y = second(first(x))
-        return y if residual is None else y + residual
+        return second(first(x)) if residual is None else second.project(first(x), second.activation, residual)
     fused: Tensor = torch.ops.superblock.feed_forward(
         x,
         first.values,
@@ -81,21 +86,17 @@ def feed_forward(x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tenso
     return fused
 
 
-def _passes(module: object) -> bool:
-    """Whether a module hands on its input in inference, seen by nobody."""
-    return isinstance(module, nn.Identity | nn.Dropout) and not _watched(module)
+def passes(*modules: object) -> bool:
+    """Whether modules hand on their input in inference, seen by nobody."""
+    return all(isinstance(module, nn.Identity | nn.Dropout) and not watched(module) for module in modules)
 
 
-def _chains(first: object, second: object) -> bool:
+def chains(first: object, second: object) -> bool:
+    """Whether two layers can run as one, seen by nobody."""
     return (
         type(first) is BSRLinear
         and type(second) is BSRLinear
         and first.out_features == second.in_features
         and second.activation == "none"
-        and not _watched(first)
-        and not _watched(second)
+        and not watched(first, second)
     )
-
-
-def _watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

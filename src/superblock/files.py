@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -65,10 +66,11 @@ def read_checkpoint(path: str | Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the path of a .pth or .safetensors file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # That the pickle's protocol is unusual: it loads or is refused.
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path) or _is_pickle(path):
             detail = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or "foreign classes"
             raise CheckpointError(
                 f"{path} holds more than tensors, numbers, strings and containers and was not loaded ({detail}): "
@@ -82,6 +84,11 @@ def read_checkpoint(path: str | Path) -> Any:
 def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """``torch.save``, atomically."""
     write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def _is_pickle(path: Path) -> bool:
+    content = path.read_bytes()
+    return content[:1] == pickle.PROTO and content[-1:] == pickle.STOP
 
 
 def _umask() -> int:

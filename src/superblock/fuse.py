@@ -9,16 +9,15 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import nn
 
-from superblock.nn import BSRLinear
+from superblock.nn import BSRConv2d, BSRLinear, FoldedBatchNorm
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Let every :class:`BSRLinear` apply the activation that follows it, in place; ``nn.Identity`` takes its place.
+    """Let every block-sparse layer apply the activation that follows it, in place; ``nn.Identity`` takes its place.
 
-    Found in ``nn.Sequential``, in timm's ``Mlp`` and in ``nn.TransformerEncoderLayer``. A layer that is used in several
-    places keeps its activation outside.
+    A layer that is used in several places keeps its activation outside.
     """
-    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    uses = count_uses(model)
     for module in list(model.modules()):
         for layer, name in _followed(module):
             activation = activation_name(getattr(module, name))
@@ -29,7 +28,7 @@ def fuse_activations(model: nn.Module) -> None:
 
 def activation_name(activation: object) -> str | None:
     """The name under which a product applies an activation, or ``None`` where it cannot."""
-    if isinstance(activation, nn.Module) and (activation._forward_hooks or activation._forward_pre_hooks):
+    if isinstance(activation, nn.Module) and watched(activation):
         return None
     if type(activation) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
@@ -38,14 +37,52 @@ def activation_name(activation: object) -> str | None:
     return by_type.get(type(activation)) or (by_function.get(activation) if callable(activation) else None)  # type: ignore[arg-type,call-overload]
 
 
-def _followed(module: nn.Module) -> Iterator[tuple[BSRLinear, str]]:
-    """The block-sparse layers in a module whose result goes straight to one of the module's activations."""
-    pairs: list[tuple[object, str]] = []
+def count_uses(model: nn.Module) -> Counter[int]:
+    """In how many places of a model each module stands, by its id."""
+    return Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether a hook would notice that one of the modules is not called."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def comes_from(module: nn.Module, library: str, *names: str) -> bool:
+    """Whether a module is one of a library's, by the names of its class and of the file that defines it."""
+    return type(module).__module__.startswith(library) and type(module).__name__ in names
+
+
+def steps(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The names of parts of a module of which the second takes what the first gives, and nothing else does."""
+    for chain in _chains(module):
+        names = [name for name in chain if not _stands_aside(getattr(module, name, None))]
+        yield from pairwise(names)
+
+
+def _followed(module: nn.Module) -> Iterator[tuple[BSRLinear | BSRConv2d, str]]:
+    for first, second in steps(module):
+        layer = getattr(module, first)
+        if isinstance(layer, BSRLinear | BSRConv2d):
+            yield layer, second
+
+
+def _chains(module: nn.Module) -> list[list[str]]:
+    """The parts that a module is known to run one after the other, by name."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        children = list(module._modules.items())
-        pairs = [(first, name) for (_, first), (name, _) in pairwise(children)]
-    elif isinstance(module, nn.TransformerEncoderLayer):
-        pairs = [(module.linear1, "activation")]
-    elif type(module).__name__ == "Mlp" and type(module).__module__.startswith("timm."):
-        pairs = [(module.fc1, "act")]
-    yield from ((layer, name) for layer, name in pairs if isinstance(layer, BSRLinear))
+        return [list(module._modules)]
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return [["linear1", "activation"]]
+    if comes_from(module, "timm.", "Mlp"):
+        return [["fc1", "act"]]
+    for library, activation in (("torchvision.models.resnet", "relu"), ("timm.models.resnet", "act1")):
+        if comes_from(module, library, "ResNet"):
+            return [["conv1", "bn1", activation]]
+        if comes_from(module, library, "BasicBlock", "Bottleneck"):
+            return [["conv1", "bn1"], ["conv2", "bn2"], ["conv3", "bn3"]]
+    return []
+
+
+def _stands_aside(part: object) -> bool:
+    return part is None or (
+        isinstance(part, nn.Module) and type(part) in (nn.Identity, FoldedBatchNorm) and not watched(part)
+    )

@@ -32,7 +32,7 @@ def model_report(model: nn.Module) -> Report:
     """Every masked, folded or block-sparse weight of a model, and the totals."""
     report = supermask_report(model)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BSRWeight)]
-    unstored = sum(module.out_features * module.in_features - module.values.numel() for _, module in layers)
+    unstored = sum(math.prod(module.weight_shape) - module.values.numel() for _, module in layers)
     return Report((*report.layers, *(_converted(*layer) for layer in layers)), report.parameters + unstored)
 
 
@@ -56,16 +56,17 @@ def layer_masks(model: nn.Module) -> list[LayerMask]:
 
 def _converted(name: str, module: BSRWeight) -> LayerReport:
     matrix = module.matrix
-    parameters = math.prod(matrix.shape)
+    parameters = math.prod(module.weight_shape)
+    positions = math.prod(module.weight_shape[2:])
     return LayerReport(
         name=name,
-        kind="conv1x1" if isinstance(module, BSRConv2d) else "linear",
-        shape=matrix.shape,
+        kind="linear" if not isinstance(module, BSRConv2d) else "conv1x1" if positions == 1 else "conv",
+        shape=module.weight_shape,
         tile=matrix.blocksize,
         grid=matrix.grid,
         target=None,
         sparsity=1 - matrix.density,
-        zeros=parameters - stored_weights(matrix),
+        zeros=parameters - stored_weights(module),
         parameters=parameters,
     )
 

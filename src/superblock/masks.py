@@ -82,6 +82,23 @@ def tile_sums(x: Tensor, tile: Tile) -> Tensor:
     return x
 
 
+def tile_sizes(shape: Sequence[int], tile: Tile, device: torch.device | None = None) -> Tensor:
+    """How many weights each tile holds, ``[*grid]``: fewer at the edges."""
+    sizes = torch.ones((), dtype=torch.int64, device=device)
+    for side, step in zip(shape, tile, strict=True):
+        sizes = sizes[..., None] * torch.arange(side, 0, -step, device=device).clamp_max(step)
+    return sizes
+
+
+@torch.no_grad()
+def tile_magnitudes(weight: Tensor, tile: Tile) -> Tensor:
+    """The root mean square of each tile's weights over that of the whole weight, shaped as the tile grid."""
+    square = weight.detach().float().square()
+    mean_square = tile_sums(square, tile) / tile_sizes(weight.shape, tile, weight.device)
+    overall = square.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (mean_square / overall).sqrt().to(weight.dtype)
+
+
 def _kernels(tensor: Tensor) -> Any:
     """The fused kernels, for a CUDA tensor; a compiled graph fuses by itself, and without Triton torch does it all."""
     return _fused() if tensor.is_cuda and not torch.compiler.is_compiling() else None
@@ -152,7 +169,7 @@ class Supermask(nn.Module):
         self.grid = tile_grid(weight.shape, self.tile)
         self.live = live_tiles(math.prod(self.grid), target.sparsity)
         self.keep_ties = keep_ties
-        self.scores = nn.Parameter(_initial_scores(weight, self.tile, self.grid))
+        self.scores = nn.Parameter(tile_magnitudes(weight, self.tile))
         self._cache: tuple[Any, ...] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -176,12 +193,3 @@ class Supermask(nn.Module):
 
     def extra_repr(self) -> str:
         return f"tile={self.tile}, grid={self.grid}, live={self.live}/{math.prod(self.grid)}"
-
-
-def _initial_scores(weight: Tensor, tile: Tile, grid: Tile) -> Tensor:
-    with torch.no_grad():
-        square = weight.detach().float().square()
-        counts = tile_sums(torch.ones_like(square), tile)
-        mean_square = tile_sums(square, tile) / counts
-        overall = square.mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return (mean_square / overall).sqrt().to(weight.dtype).view(grid)

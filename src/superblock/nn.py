@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superblock.bsr import BSRMatrix
+from superblock.bsr import BSRMatrix, dense_of
 from superblock.errors import ModelError
 from superblock.ops.attention import attention
+from superblock.ops.conv2d import bsr_conv2d
+from superblock.ops.convolution import dense_kernel
 from superblock.ops.layout import feature_major
 from superblock.ops.library import product
 
@@ -39,6 +41,16 @@ class BSRWeight(nn.Module):
     def matrix(self) -> BSRMatrix:
         """The weight as a :class:`BSRMatrix` over the layer's own tensors."""
         return BSRMatrix(self.crow_indices, self.col_indices, self.values, (self.out_features, self.in_features))
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        return self.out_features, self.in_features
+
+    def dense(self, values: Tensor | None = None) -> Tensor:
+        """The weight as a dense tensor; of other ``values`` at its places, if given."""
+        values = self.values if values is None else values
+        return dense_of(values, self.crow_indices, self.col_indices, (self.out_features, self.in_features))
 
     def project(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """``act(x Wᵀ + b) + residual``."""
@@ -111,33 +123,99 @@ class BSRLinear(BSRWeight):
 
 
 class BSRConv2d(BSRWeight):
-    """A 1×1 convolution over a block-sparse weight: ``x [n, in, h, w]`` → ``[n, out, h', w']``.
+    """A convolution over a block-sparse kernel: ``y = act(conv(x, W) + b + residual)``.
 
-    The product runs over channels in channels-last order, which is also the memory format of the result.
+    ``x [n, in, h, w]`` → ``[n, out, h', w']``. Pixels lie one after another in the result (``torch.channels_last``);
+    an ``x`` in that memory format is read where it lies.
+
+    Args:
+        weight: the kernel as the matrix that :func:`superblock.ops.convolution.matrix_of` makes of it.
+        padding: on both sides of height and width, or ``(left, right, top, bottom)``.
+        kernel_shape: ``(out, in / groups, kernel height, kernel width)``; by default a 1×1 kernel.
     """
+
+    activation = "none"
 
     def __init__(
         self,
         weight: BSRMatrix,
         bias: Tensor | None = None,
         stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
+        padding: tuple[int, ...] = (0, 0),
         padding_mode: str = "zeros",
+        kernel_shape: tuple[int, ...] | None = None,
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
     ) -> None:
         super().__init__(weight, bias)
         self.stride = stride
         self.padding = padding
         self.padding_mode = padding_mode
+        self.kernel_shape = kernel_shape or (*weight.shape, 1, 1)
+        self.dilation = dilation
+        self.groups = groups
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``(out, in / groups, kernel height, kernel width)``."""
+        return self.kernel_shape
+
+    def dense(self, values: Tensor | None = None) -> Tensor:
+        """The kernel as a dense tensor; of other ``values`` at its places, if given."""
+        values = self.values if values is None else values
+        return dense_kernel(values, self.crow_indices, self.col_indices, self.kernel_shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        if any(self.padding):
+        return self.convolve(x, self.activation)
+
+    def convolve(self, x: Tensor, activation: str, residual: Tensor | None = None) -> Tensor:
+        """``act(conv(x, W) + b + residual)``."""
+        images = x if x.dim() == 4 else x.unsqueeze(0)
+        padding = self.padding
+        if len(padding) == 4 or (any(padding) and self.padding_mode != "zeros"):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]), mode=mode)
-        x = x[..., :: self.stride[0], :: self.stride[1]]
-        return self.project(x.movedim(-3, -1)).movedim(-1, -3)
+            sides = padding if len(padding) == 4 else (padding[1], padding[1], padding[0], padding[0])
+            images, padding = F.pad(images, sides, mode=mode), (0, 0)
+        y = bsr_conv2d(
+            images,
+            self.values,
+            self.crow_indices,
+            self.col_indices,
+            self.bias,
+            residual,
+            self.kernel_shape,
+            self.stride,
+            (padding[0], padding[1]),
+            self.dilation,
+            self.groups,
+            activation,
+        )
+        return y if x.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}"
+        _, channels, *kernel = self.kernel_shape
+        bh, bw = self.values.shape[1:]
+        shown = {
+            "kernel_size": tuple(kernel),
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "bias": self.bias is not None,
+            "blocksize": (bh, bw),
+            "nnz": self.values.shape[0],
+            **({} if self.activation == "none" else {"activation": self.activation}),
+        }
+        told = ", ".join(f"{name}={value}" for name, value in shown.items())
+        return f"{channels * self.groups}, {self.out_features}, {told}"
+
+
+class FoldedBatchNorm(nn.Identity):
+    """Stands where a batch norm was that has moved ``into`` the layer of that name beside it."""
+
+    def __init__(self, into: str) -> None:
+        super().__init__()
+        self.into = into
 
 
 class BSRMultiheadAttention(nn.Module):
@@ -145,6 +223,7 @@ class BSRMultiheadAttention(nn.Module):
 
     Takes and returns what the original does: ``query [n, l, e]`` (``[l, n, e]`` unless ``batch_first``, ``[l, e]``
     without a batch) → ``(output, attention weights or None)``. Either projection may also be a dense ``nn.Linear``.
+    A ``residual`` of the query's shape is added to the output.
     """
 
     # nn.TransformerEncoderLayer reads this: False keeps it from its fused kernel, which takes dense weights only.
@@ -175,6 +254,7 @@ class BSRMultiheadAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         batched = query.dim() == 3
         q, k, v = (self._batch_first(part, batched) for part in self._project(query, key, value))
@@ -188,7 +268,7 @@ class BSRMultiheadAttention(nn.Module):
             heads = F.dropout(weights, dropout) @ v
         else:
             heads = attention(q, k, v, mask, dropout)
-        out = self.out_proj(heads.transpose(1, 2).flatten(2))
+        out = self._project_out(heads.transpose(1, 2).flatten(2), residual, batched)
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
@@ -198,9 +278,19 @@ class BSRMultiheadAttention(nn.Module):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all that is projected from the same tensor."""
-        packed = {id(x): x for x in (query, key, value)}
-        thirds = {identity: self.in_proj(x).chunk(3, -1) for identity, x in packed.items()}
-        return thirds[id(query)][0], thirds[id(key)][1], thirds[id(value)][2]
+        q = self.in_proj(query).chunk(3, -1)
+        k = q if key is query else self.in_proj(key).chunk(3, -1)
+        v = k if value is key else q if value is query else self.in_proj(value).chunk(3, -1)
+        return q[0], k[1], v[2]
+
+    def _project_out(self, heads: Tensor, residual: Tensor | None, batched: bool) -> Tensor:
+        if residual is None:
+            out: Tensor = self.out_proj(heads)
+            return out
+        residual = self._batch_first(residual, batched)
+        if isinstance(self.out_proj, BSRLinear):
+            return self.out_proj.project(heads, "none", residual)
+        return residual + self.out_proj(heads)
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
         if not batched:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from superblock.config import SupermaskConfig, TileSparsity
 from superblock.errors import ModelError
-from superblock.masks import Supermask, Tile, threshold
+from superblock.masks import Supermask, Tile, threshold, tile_sizes
 from superblock.report import LayerReport, Report
 from superblock.rules import make_mask
 from superblock.targets import WeightSite, select, weight_sites
@@ -127,6 +127,18 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Supe
                         yield layer, module, name, step
 
 
+def mask_input(module: nn.Module, name: str, mask: Supermask) -> Tensor:
+    """The weight that ``mask`` is given: the layer's parameter, or what parametrizations before the mask make of it."""
+    chain: Any = module.get_submodule(f"parametrizations.{name}")
+    names = ["original"] if chain.is_tensor else [f"original{at}" for at in range(chain.ntensors)]
+    weights = [getattr(chain, each) for each in names]
+    for step in chain:
+        if step is mask:
+            break
+        weights = [step(*weights)]
+    return weights[0]
+
+
 def folds(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Fold]]:
     """Every folded weight: the layer's name, the layer, the weight's name in it, what was folded."""
     for layer, module in model.named_modules():
@@ -189,11 +201,8 @@ def _mask_at(site: WeightSite) -> Supermask | None:
 
 def _fold_of(mask: Supermask) -> Fold:
     dead = ~threshold(mask.scores, mask.live, mask.keep_ties).cpu()
-    for dim, (side, step) in enumerate(zip(mask.shape, mask.tile, strict=True)):
-        extents = torch.full((mask.grid[dim],), step).clamp_max(torch.arange(side, 0, -step))
-        dead = dead * extents.view(-1, *(1,) * (len(mask.shape) - dim - 1))
-    zero_tiles = int((dead != 0).sum())
-    return Fold(mask.target, mask.tile, mask.grid, zero_tiles / dead.numel(), int(dead.sum()))
+    zeros = int((dead * tile_sizes(mask.shape, mask.tile)).sum())
+    return Fold(mask.target, mask.tile, mask.grid, int(dead.sum()) / dead.numel(), zeros)
 
 
 def _note(fold: Fold) -> str:

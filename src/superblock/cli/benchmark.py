@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from superblock.benchmarking import Timing, describe_machine, measure
+from superblock.benchmarking import Timing, describe_machine, is_convolutional, measure
 from superblock.cli.building import Built, build_model
 from superblock.cli.options import (
     Parser,
@@ -87,12 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = torch.bfloat16 if args.bfloat16 else torch.float16 if args.float16 else torch.float32
     if file is None and args.weights is None:
         _fill_zero_weights(built.model)
+    layout = torch.channels_last if is_convolutional(built.model) else torch.contiguous_format
+    built.model.to(memory_format=layout)
     dense = copy.deepcopy(built.model) if args.compare else None
     _load(built, file, config)
     model = built.model.eval().to(device)
-    images = torch.randn(args.batch_size, 3, built.image_size, built.image_size).to(device, dtype)
+    images = torch.randn(args.batch_size, 3, built.image_size, built.image_size).to(device, dtype, memory_format=layout)
     size = f"{built.image_size} × {built.image_size}"
-    print(f"{built.architecture}, batch {args.batch_size}, {size}, {dtype}, {device}", flush=True)
+    order = ", channels-last" if layout == torch.channels_last else ""
+    print(f"{built.architecture}, batch {args.batch_size}, {size}, {dtype}, {device}{order}", flush=True)
     verification, report = verify_forms(model, images[:2], dtype, args.sparsify_weights, args.bsr)
     print("\n".join([*([str(report)] if report.layers else []), *verification.lines()]), flush=True)
     with torch.inference_mode():

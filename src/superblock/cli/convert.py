@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(notice)
     if loaded.form == "dense":
         raise ConfigError(f"{args.checkpoint} has no masks to convert: give --sparsity-linear, or a masked checkpoint")
-    if (converted := take_form(built.model, True, args.bsr)) is not None:
+    if (converted := take_form(built.model.eval(), True, args.bsr)) is not None:
         print("".join(f"{note}\n" for note in converted.notes), end="")
     report = model_report(built.model)
     save(
-        built.model.eval(),
+        built.model,
         args.output,
         architecture=built.architecture,
         num_classes=built.num_classes,
@@ -73,7 +74,7 @@ def _sizes(model: nn.Module, report: Report, path: Path) -> list[str]:
     stored = sum(layer.matrix.nbytes for layer in model.modules() if isinstance(layer, BSRWeight))
     blocks = sum(layer.matrix.nnz * layer.values[0].nbytes for layer in model.modules() if isinstance(layer, BSRWeight))
     dense = sum(
-        layer.out_features * layer.in_features * layer.values.element_size()
+        math.prod(layer.weight_shape) * layer.values.element_size()
         for layer in model.modules()
         if isinstance(layer, BSRWeight)
     )

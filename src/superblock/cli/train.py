@@ -55,7 +55,14 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--opt", choices=get_args(OptimizerName), default="sgd", help="default: %(default)s")
     group.add_argument("--lr", type=float, default=0.1, help="learning rate (default: %(default)s)")
     group.add_argument(
-        "--score-lr", type=float, default=0.1, metavar="LR", help="of the masks' scores (default: %(default)s)"
+        "--sparsity-ramp",
+        type=float,
+        default=0.5,
+        metavar="F",
+        help="share of the run over which sparsity grows, the largest tiles staying (default: %(default)s)",
+    )
+    group.add_argument(
+        "--score-lr", type=float, metavar="LR", help="train the masks' scores at this rate instead; no ramp then"
     )
     group.add_argument("--momentum", type=float, default=0.9, help="default: %(default)s")
     group.add_argument("--weight-decay", "--wd", type=float, default=1e-4, metavar="W", help="default: %(default)s")

@@ -21,7 +21,7 @@ typedef struct {
     int64_t target_stride, target_bytes;
 } sb_tile;
 
-/* y = act(acc + bias) + residual for a tile; or, with `packed`, into the packed activations of a next product. */
+/* y = act(acc + bias) + residual for a tile, or act(acc + bias + residual); or, with `packed`, into the packed activations of a next product. */
 typedef struct {
     const float *acc;
     const void *bias, *residual;
@@ -30,7 +30,7 @@ typedef struct {
     int64_t packed_columns;       /* of the panel, what the next product reads */
     int64_t packed_from, chunk;   /* the panel's first column there, and the next product's chunk */
     int64_t group, acc_stride, y_stride, residual_stride;
-    int32_t dtype, activation;
+    int32_t dtype, activation, residual_first;
     int32_t stream; /* write around the caches where whole lines allow */
 } sb_epilogue;
 

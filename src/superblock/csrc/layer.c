@@ -144,6 +144,7 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
         .residual_stride = t->residual_stride,
         .dtype = layer->dtype,
         .activation = t->activation,
+        .residual_first = t->residual_first,
         .stream = t->stream && width * size % 64 == 0 && column * size % 64 == 0 && t->y_stride * size % 64 == 0 &&
                   (uintptr_t)t->y % 64 == 0,
     };

@@ -35,7 +35,7 @@ typedef struct {
     int64_t y_stride, residual_stride;
     void *next; /* packed activations of a next product, instead of y */
     int64_t next_padded, next_size, next_chunk;
-    int32_t activation;
+    int32_t activation, residual_first;
     int stream; /* y is too large to be worth a place in the caches */
 } sb_target;
 

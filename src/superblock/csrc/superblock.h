@@ -40,6 +40,7 @@ typedef struct {
     void *y, *preactivation;         /* preactivation may be NULL; it has the strides of y */
     int64_t tokens, x_stride, y_stride, residual_stride;
     int32_t dtype, activation, threads;
+    int32_t residual_first; /* y = act(z + residual), as residual networks have it, not act(z) + residual */
 } sb_product;
 
 /* Two products whose hidden activations stay in the core's cache. */

@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from superblock.bsr import BSRMatrix
+from superblock.bsr import BSRMatrix, dense_of
 from superblock.errors import MatrixError
+
+KernelShape = Sequence[int]  # out, channels a group, height, width
 
 
 def matrix_of(kernel: Tensor, blocksize: int | tuple[int, int]) -> BSRMatrix:
-    """``[out, c, kh, kw]`` as the matrix ``[out, kh · kw · c']``, ``c'`` being ``c`` rounded up to whole blocks.
+    """``[out, c, kh, kw]`` as the matrix ``[out, kh · kw · c']``, ``c'`` as :func:`row_length` has it.
 
     A block holds one kernel position, so that its input is a run of channels of one pixel in channels-last order.
     """
     if kernel.dim() != 4:
         raise MatrixError(f"expected a kernel [out, c, kh, kw], got shape {tuple(kernel.shape)}")
-    width = blocksize if isinstance(blocksize, int) else blocksize[1]
-    positions = kernel.detach().permute(0, 2, 3, 1)
-    padded = F.pad(positions, (0, math.ceil(kernel.shape[1] / width) * width - kernel.shape[1]))
-    return BSRMatrix.from_dense(padded.reshape(len(kernel), -1), blocksize)
+    out, channels, height, width = kernel.shape
+    length = row_length((out, channels, height, width), blocksize if isinstance(blocksize, int) else blocksize[1])
+    positions = F.pad(kernel.detach().permute(0, 2, 3, 1), (0, length // (height * width) - channels))
+    return BSRMatrix.from_dense(positions.reshape(out, length), blocksize)
 
 
-def kernel_of(matrix: BSRMatrix, shape: tuple[int, int, int, int] | torch.Size) -> Tensor:
-    """The ``[out, c, kh, kw]`` kernel of ``shape`` that :func:`matrix_of` stored."""
+def row_length(shape: KernelShape, block_width: int) -> int:
+    """``kh · kw · c'``: ``c'`` is ``c`` rounded up to whole blocks, so that no block spans two kernel positions."""
+    _, channels, height, width = shape
+    positions = height * width
+    return channels if positions == 1 else positions * math.ceil(channels / block_width) * block_width
+
+
+def dense_kernel(values: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: KernelShape) -> Tensor:
+    """The ``[out, c, kh, kw]`` kernel of BSR tensors that :func:`matrix_of` made: differentiable in ``values``."""
     out, channels, height, width = shape
-    return matrix.to_dense().view(out, height, width, -1)[..., :channels].permute(0, 3, 1, 2)
+    rows = dense_of(values, crow_indices, col_indices, (out, row_length(shape, values.shape[2])))
+    return rows.reshape(out, height, width, -1)[..., :channels].permute(0, 3, 1, 2)
+
+
+def output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """The height and width of a convolution's result."""
+    height, width = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
+    return height, width
+
+
+def channels_last(count: int, size: Sequence[int], channels: int, like: Tensor) -> Tensor:
+    """An uninitialized ``[n, c, h, w]`` whose pixels lie one after another."""
+    return like.new_empty(count, *size, channels).movedim(-1, 1)

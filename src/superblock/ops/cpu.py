@@ -23,6 +23,7 @@ from superblock.ops.arguments import (
     transposed_weight,
     weight_of,
 )
+from superblock.ops.convolution import KernelShape, channels_last, output_size, row_length
 
 Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]
 
@@ -167,26 +168,22 @@ def conv2d(
     col_indices: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    weight_shape: tuple[int, int, int, int],
+    kernel_shape: KernelShape,
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     activation: str = "none",
 ) -> Tensor:
-    """``y = act(conv(x, W) + b) + residual`` over channels-last images, with no copy of their windows in memory.
+    """``y = act(conv(x, W) + b + residual)`` over channels-last images, with no copy of their windows in memory.
 
-    Args:
-        x: ``[n, c, h, w]``, best in ``torch.channels_last``, which is also the memory format of the result.
-        values: those of the BSR matrix that :func:`superblock.ops.convolution.matrix_of` makes of the kernel.
-        weight_shape: ``(out, c / groups, kernel height, kernel width)``.
+    The arguments are those of :func:`superblock.ops.conv2d.bsr_conv2d`.
     """
-    out_channels, channels, *kernel = weight_shape
-    width = values.shape[2]
-    padded = math.ceil(channels / width) * width
-    in_features = math.prod(kernel) * padded
+    out_channels, channels, *kernel = kernel_shape
     if x.dim() != 4 or x.shape[1] != channels * groups:
         raise MatrixError(f"x must be [n, {channels * groups}, h, w], got {tuple(x.shape)}")
+    if x.dtype != values.dtype or x.device.type != "cpu":
+        raise MatrixError(f"x must be of {values.dtype} on cpu, got {x.dtype} on {x.device}")
     if groups > 1 and (out_channels // groups) % values.shape[1]:
         raise MatrixError(
             f"{out_channels} output channels in {groups} groups must divide into blocks of {values.shape[1]}"
@@ -194,23 +191,35 @@ def conv2d(
     images = x.movedim(1, -1)
     images = images if images.stride(-1) == 1 else images.contiguous()
     count, *size, _ = images.shape
-    out_size = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    out_size = output_size(size, kernel, stride, padding, dilation)
     if min(out_size) < 1:
         raise MatrixError(f"the window of {kernel[0]} × {kernel[1]} does not fit into images of {size[0]} × {size[1]}")
-    y = x.new_empty(count, *out_size, out_channels)
+    y = channels_last(count, out_size, out_channels, x)
     if residual is not None:
         residual = residual.movedim(1, -1)
+    in_features = row_length(kernel_shape, values.shape[2])
     product = product_of(values, crow_indices, col_indices, bias, residual, out_channels, in_features, activation)
+    product.residual_first = True
     product.window = native.Window(
         *kernel, *stride, *padding, *dilation, *size, *out_size, *images.stride()[:3], channels
     )
+    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0) and _is_rows(images):
+        product.window.kernel_h = 0  # Every pixel in turn: the plain product of its channels.
+        product.x_stride = images.stride(2)
     product.x, product.y, product.y_stride = images.data_ptr(), y.data_ptr(), out_channels
     product.tokens = count * math.prod(out_size)
     check_residual(product, product.tokens)
     for group in range(groups):
         part = _group(product, group, groups, y.element_size()) if groups > 1 else product
         check(native.library().sb_run_product(ctypes.byref(part)))
-    return y.movedim(-1, 1)
+    return y
+
+
+def _is_rows(images: Tensor) -> bool:
+    """Whether the pixels of ``[n, h, w, c]`` lie at one distance."""
+    _, height, width, _ = images.shape
+    by_image, by_row, by_pixel, _ = images.stride()
+    return by_row == width * by_pixel and by_image == height * by_row
 
 
 def _group(whole: ctypes.Structure, group: int, groups: int, size: int) -> ctypes.Structure:

@@ -55,7 +55,7 @@ def bsr_linear(
         weight: ``[out, in]``.
         bias: ``[out]``.
         activation: ``relu``, ``gelu`` (exact), ``gelu_tanh``, ``silu`` or ``None``.
-        residual: ``[..., out]``, added last.
+        residual: ``[..., out]``, added last; under autocast in its own dtype.
 
     Returns:
         ``[..., out]``.
@@ -89,7 +89,8 @@ def product(
         dtype = torch.get_autocast_dtype(device)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        residual = None if residual is None else residual.to(dtype)
+        if residual is not None and residual.dtype != dtype:  # As autocast adds: what comes in wider stays so.
+            return product(x, values, crow_indices, col_indices, bias, shape, activation) + residual
     _check(x, values, bias, residual, shape, activation)
     if (
         activation != "none"
@@ -116,7 +117,12 @@ def _check(
         raise MatrixError(
             f"residual must be {(*x.shape[:-1], shape[0])}, the shape of the product, got {tuple(residual.shape)}"
         )
-    for name, tensor in (("values", values), ("bias", bias), ("residual", residual)):
+    check_alike(x, values=values, bias=bias, residual=residual)
+
+
+def check_alike(x: Tensor, **others: Tensor | None) -> None:
+    """Raise :class:`MatrixError` unless all tensors have the dtype and device of ``x``."""
+    for name, tensor in others.items():
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise MatrixError(
                 f"{name} must have the dtype and device of x, {x.dtype} on {x.device}, "

@@ -45,7 +45,7 @@ Product = _structure(
     ("window", Window),
     ("x bias residual y preactivation", "pointer"),
     ("tokens x_stride y_stride residual_stride", "int64"),
-    ("dtype activation threads", "int32"),
+    ("dtype activation threads residual_first", "int32"),
 )
 FeedForward = _structure("FeedForward", ("first", Product), ("second", Product))
 Sampled = _structure(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from superblock.bsr import block_grid, dense_of, row_indices
+from superblock.ops.convolution import KernelShape, channels_last, dense_kernel
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -72,10 +73,39 @@ def grad_values(
 ) -> Tensor:
     """``dW = dyᵀ x`` at the stored blocks: ``[nnz, bh, bw]``, zero beyond the matrix's edge."""
     full = grad.reshape(-1, out_features).mT @ x.reshape(-1, in_features)
+    return stored_blocks(full, crow_indices, col_indices, block_height, block_width)
+
+
+def stored_blocks(
+    full: Tensor, crow_indices: Tensor, col_indices: Tensor, block_height: int, block_width: int
+) -> Tensor:
+    """The blocks of a dense matrix at the stored places: ``[nnz, bh, bw]``, zero beyond the matrix's edge."""
+    out_features, in_features = full.shape
     rows, cols = block_grid((out_features, in_features), (block_height, block_width))
     padded = F.pad(full, (0, cols * block_width - in_features, 0, rows * block_height - out_features))
     blocks = padded.view(rows, block_height, cols, block_width).transpose(1, 2)
     return blocks[row_indices(crow_indices, col_indices.numel()), col_indices.long()].contiguous()
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernel_shape: KernelShape,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """``y = act(conv(x, W) + b + residual)``, in channels-last order."""
+    kernel = dense_kernel(values, crow_indices, col_indices, kernel_shape)
+    z = F.conv2d(x, kernel, bias, stride, padding, dilation, groups)
+    y = channels_last(len(z), z.shape[2:], kernel_shape[0], z)
+    return y.copy_(activate(z if residual is None else z + residual, activation))
 
 
 def unsupported(dtype: torch.dtype, block_height: int, block_width: int) -> str | None:

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -26,7 +27,7 @@ from superblock.ops.triton.launch import Launch
 
 SECONDS_VARIABLE = "SUPERBLOCK_TUNE_SECONDS"
 FILE_VARIABLE = "SUPERBLOCK_TUNE_FILE"
-MEASURED = 8  # configurations a case: each costs about a second to compile
+MEASURED = 8  # configurations a case: each costs about a second of one core to compile
 Candidates = Callable[[Case], Sequence[Config]]
 
 
@@ -80,8 +81,10 @@ def _measure(
                 launch.run()
 
     started = time.monotonic()
+    options = options[:MEASURED]
+    _compile(case, options, launches)
     times: dict[Config, float] = {}
-    for config in (DENSE, *options[:MEASURED]):
+    for config in (DENSE, *options):
         if len(times) > 1 and time.monotonic() - started > results().seconds:
             break
         # What does not fit this device, or the memory that is left on it, is no candidate.
@@ -93,6 +96,19 @@ def _measure(
     best = min(times, key=lambda config: times[config])
     results().add(case.name, best, times[best], times.get(DENSE))
     return best
+
+
+def _compile(case: Case, options: Sequence[Config], launches: Callable[[Config], list[Launch]]) -> None:
+    """Compile all candidates side by side: the compiler lets other threads run, and takes most of the time."""
+
+    def compile_one(config: Config) -> None:
+        # Whatever stands in the way will say so again when the configuration is run.
+        with torch.cuda.device_of(case.x), suppress(Exception):
+            for launch in launches(config):
+                launch.compile()
+
+    with ThreadPoolExecutor(min(len(options), os.cpu_count() or 1)) as threads:
+        list(threads.map(compile_one, options))
 
 
 class Results:

@@ -64,7 +64,7 @@ class DataConfig:
 class OptimizerConfig:
     """How parameters move. A decay left at ``None`` is ``weight_decay``.
 
-    Scores begin near 1 whatever the weights are, so ``score_lr`` needs no tuning along with ``lr``.
+    With a ``score_lr`` the masks' scores are trained; without one they follow the weights (:mod:`.ramp`).
     """
 
     name: OptimizerName = "sgd"
@@ -74,7 +74,7 @@ class OptimizerConfig:
     norm_weight_decay: float | None = None
     bias_weight_decay: float | None = None
     transformer_embedding_decay: float | None = None
-    score_lr: float = 0.1
+    score_lr: float | None = None
     clip_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
@@ -154,8 +154,9 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """A whole run of training; without ``output_dir`` nothing is written.
 
-    ``resume`` is a checkpoint, a folder of them, or ``auto`` for those in ``output_dir``. ``keep_checkpoints`` bounds
-    how many ``model_<epoch>.pth`` are kept beside ``checkpoint.pth``.
+    Unless scores are trained, sparsity grows over the first ``sparsity_ramp`` of the run. ``resume`` is a checkpoint,
+    a folder of them, or ``auto`` for those in ``output_dir``. ``keep_checkpoints`` bounds how many
+    ``model_<epoch>.pth`` are kept beside ``checkpoint.pth``.
     """
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -163,6 +164,7 @@ class TrainConfig(RunConfig):
     average: AverageConfig | None = None
     epochs: int = 90
     start_epoch: int = 0
+    sparsity_ramp: float = 0.5
     accumulation_steps: int = 1
     sync_bn: bool = False
     output_dir: str | None = None
@@ -173,7 +175,8 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "epochs", "accumulation_steps")
-        _at_least(self, 0, "start_epoch", "keep_checkpoints")
+        _at_least(self, 0, "start_epoch", "keep_checkpoints", "sparsity_ramp")
+        _at_most(self, 1, "sparsity_ramp")
         if self.tensorboard and not self.output_dir:
             raise ConfigError("--tensorboard needs --output-dir: its event files go there")
         if self.resume == "auto" and not self.output_dir:

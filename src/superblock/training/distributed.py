@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from superblock import errors
 from superblock.errors import BackendError, ConfigError, SuperBlockError
+
+PATIENCE = timedelta(minutes=30)  # torch's own, for processes of several machines.
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,10 @@ def joined(device: torch.device, world_size: int = 1, dist_url: str = "env://") 
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, init_method=dist_url, rank=rank, world_size=size)
+    store, rank, size = next(rendezvous(dist_url, rank, size, timeout=PATIENCE))
+    store.set_timeout(PATIENCE)
+    store = PrefixStore(agreed_name(store, rank, size), store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield World(device, rank, size)
     finally:
@@ -78,6 +88,30 @@ def _place(world_size: int) -> tuple[int, int, int]:
             f"use torchrun --nproc_per_node={world_size} train.py …"
         )
     return 0, 1, 0
+
+
+def agreed_name(store: Store, rank: int, size: int) -> str:
+    """A name that the processes started together agree on, new at every start.
+
+    torchrun keeps one store over its restarts, and in it the addresses of processes that are dead by now; its count of
+    restarts differs from machine to machine. So the first process makes up a name and tells it to every greeting,
+    those of the dead included, until each of the living has repeated it.
+    """
+    if rank > 0:
+        greeting = uuid4().hex
+        store.set(f"superblock/greeting/{rank}", greeting)
+        name = store.get(f"superblock/answer/{greeting}").decode()
+        store.set(f"superblock/{name}/{rank}", "")
+        return name
+    name = uuid4().hex
+    waiting = set(range(1, size))
+    while waiting:
+        for other in waiting:
+            greeting = store.get(f"superblock/greeting/{other}").decode()
+            store.set(f"superblock/answer/{greeting}", name)
+        time.sleep(0.01)
+        waiting = {other for other in waiting if not store.check([f"superblock/{name}/{other}"])}
+    return name
 
 
 def summed(values: Tensor, world: World) -> Tensor:

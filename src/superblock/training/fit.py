@@ -28,6 +28,7 @@ from superblock.training.loop import Learner, train_epoch
 from superblock.training.masking import MaskWatch
 from superblock.training.metrics import MetricsFile, Record
 from superblock.training.optim import make_optimizer
+from superblock.training.ramp import Ramp
 from superblock.training.randomness import seed_all
 from superblock.training.resume import advance, snapshot, take_up
 from superblock.training.schedule import make_schedule
@@ -78,16 +79,19 @@ class _Run:
         file = open_weights(source) if source is not None else None
         self.prepared = prepare(config, file, training=True)
         model, content, notices = self.prepared.model, None, found.notices
-        self.supermask = config.supermask
+        self.supermask, ramp = config.supermask, config.sparsity_ramp * config.epochs
         if file is not None:
             loaded = file.load_into(model, config.supermask)
             if loaded.form not in ("dense", "masked"):
                 raise CheckpointError(f"{source} is folded already and cannot be trained: take the .pth it came from")
             self.supermask = loaded.supermask or SupermaskConfig()
             content, notices = loaded.content if found.path else None, (*notices, *loaded.notices)
+            if loaded.form == "masked" and not found.path:
+                ramp = 0.0  # The masks that a file brings are kept.
         elif config.supermask.active:
             apply_supermask(model, config.supermask)
-        self.learner = _learner(model, config, world)
+        trained = config.optimizer.score_lr is not None or self.supermask.rule == "original"
+        self.learner = _learner(model, config, world, None if trained else ramp)
         self.schedule = make_schedule(self.learner.optimizer, config.schedule, config.epochs)
         self.first, self.history = config.start_epoch, list[Record]()
         if content is not None:
@@ -95,6 +99,8 @@ class _Run:
             notices = (*notices, *more, f"going on from {source} with epoch {self.first}")
         else:
             advance(self.schedule, self.first)
+        if self.learner.ramp is not None:
+            self.learner.ramp.begin_epoch(self.first)
         for notice in notices:
             log.line(notice)
         on_main(world, self._open_folder)
@@ -162,17 +168,19 @@ class _Run:
             save_checkpoint(self.folder, content, self.config.keep_checkpoints)
 
 
-def _learner(model: nn.Module, config: TrainConfig, world: World) -> Learner:
+def _learner(model: nn.Module, config: TrainConfig, world: World, ramp_epochs: float | None) -> Learner:
+    """All that trains; ``ramp_epochs`` is how long sparsity grows, ``None`` where scores are trained instead."""
     model.to(world.device)
     if config.sync_bn and world.distributed:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     average = make_average(model, config, world.size)
+    ramp = None if ramp_epochs is None else Ramp(model, ramp_epochs, average)
     optimizer = make_optimizer(model, config.optimizer)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp and world.device.type == "cuda")
     wrapped: nn.Module = model
     if world.distributed:
         wrapped = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
-    return Learner(model, wrapped, optimizer, scaler, average)
+    return Learner(model, wrapped, optimizer, scaler, average, ramp)
 
 
 def _summary(record: Record) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
@@ -21,6 +22,7 @@ from superblock.training.data import batches
 from superblock.training.distributed import World, smallest, summed
 from superblock.training.evaluation import autocast
 from superblock.training.log import Log
+from superblock.training.ramp import Ramp
 from superblock.training.samplers import TrainSampler
 
 NEVER = 2**62
@@ -35,6 +37,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: AveragedModel | None = None
+    ramp: Ramp | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Plan:
         first = step - step % self.accumulation
         return sum(self.images(other) for other in range(first, min(first + self.accumulation, self.steps)))
 
+    @property
+    def updates(self) -> int:
+        """How many updates an epoch has."""
+        return math.ceil(self.steps / self.accumulation)
+
     def updates_after(self, step: int) -> bool:
         """Whether the weights move after this step."""
         return (step + 1) % self.accumulation == 0 or step + 1 == self.steps
@@ -92,6 +100,8 @@ def train_epoch(
     start = time.perf_counter()
     learner.wrapped.train()
     learner.optimizer.zero_grad()
+    if learner.ramp is not None:
+        learner.ramp.begin_epoch(epoch, plan.updates)
     tracked = log.track(batches(loader, world.device), f"Epoch: [{epoch}]", plan.steps, plan.batch)
     for step, (images, targets) in enumerate(tracked):
         places = (step * config.data.batch_size + torch.arange(len(images))) * world.size + world.rank
@@ -122,7 +132,8 @@ def _backward(
     """Gradients of one step; returns the sums of the losses and of the right answers that count."""
     alone = not world.distributed or plan.updates_after(step)
     with nullcontext() if alone else learner.wrapped.no_sync():  # type: ignore[operator]
-        with autocast(world.device, config.amp):
+        # An attention reads its weights several times a step: each masked weight is made once.
+        with autocast(world.device, config.amp), parametrize.cached():
             logits = learner.wrapped(images)
             losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=config.label_smoothing)
             total = (losses * counts).sum()
@@ -141,6 +152,8 @@ def _update(learner: Learner, config: TrainConfig, epoch: int, update: int) -> N
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad()
+    if learner.ramp is not None:
+        learner.ramp.step()
     if learner.average is not None and config.average is not None and update % config.average.steps == 0:
         update_average(learner.average, learner.model, warming_up=epoch < config.schedule.warmup_epochs)
 

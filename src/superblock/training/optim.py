@@ -17,6 +17,7 @@ NORMALIZATIONS = (
     nn.modules.instancenorm._InstanceNorm,
     nn.LocalResponseNorm,
 )
+SCORE_LR = 0.1  # Scores begin near 1 whatever the weights are, so it needs no tuning along with theirs.
 # By torchvision's names, then timm's.
 EMBEDDINGS = frozenset({"class_token", "pos_embedding", "relative_position_bias_table", "cls_token", "pos_embed"})
 
@@ -57,7 +58,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ]
     trained = [parameter for parameter in scores if parameter.requires_grad]
     if trained:
-        result.append({"params": trained, "weight_decay": 0.0, "lr": config.score_lr})
+        result.append(
+            {"params": trained, "weight_decay": 0.0, "lr": SCORE_LR if config.score_lr is None else config.score_lr}
+        )
     return result
 
 

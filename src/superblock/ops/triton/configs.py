@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -10,12 +11,14 @@ from torch import Tensor
 from superblock.ops.triton.launch import Device, device_of, precision_of
 from superblock.ops.triton.plans import Plan
 
-# What an H100 reaches, in TFLOP/s by kind of arithmetic and in TB/s from L2; only their ratios decide.
-PEAK = {"half": 700.0, "tf32": 350.0, "tf32x3": 115.0, "ieee": 45.0}
-L2_BANDWIDTH = 5.5
-# The share of the peak that narrow tiles reach on tensor cores.
-ROWS_REACH = {16: 0.15, 32: 0.3, 64: 0.85}
-OUTPUTS_REACH = {16: 0.3, 32: 0.55, 64: 0.85}
+# A model of an H100, fitted to a thousand measurements (docs/gpu.md): TFLOP/s by kind of arithmetic, TB/s from L2, and
+# microseconds between a load and its use, to start and end a program, to finish a thousand outputs of a thread.
+PEAK = {"half": 740.0, "tf32": 350.0, "tf32x3": 115.0, "ieee": 45.0}
+L2_BANDWIDTH = 9.2
+LATENCY, START, FINISH = 0.84, 2.2, 19.0
+OVERLAP = 0.6  # of the shorter of arithmetic and traffic, hidden behind the longer
+REGISTERS, REGISTERS_BESIDE_SUMS = 65536, 56
+WGMMA_ROWS = 64
 DECODED_TOKENS = 4
 FEW_TOKENS = 256
 
@@ -24,7 +27,8 @@ FEW_TOKENS = 256
 class Config:
     """How a kernel cuts its work: ``engine`` is ``product``, ``decode``, ``sampled`` or ``dense``.
 
-    ``m × n`` is the tile of one program, ``k`` its step along the sum, in elements.
+    ``m × n`` is the tile of one program, ``k`` its step along the sum, in elements. A ``turned`` product puts outputs
+    on the tensor core's M axis and tokens on N; a ``described`` one fetches ``x`` through a tensor descriptor.
     """
 
     engine: str
@@ -33,6 +37,8 @@ class Config:
     k: int = 0
     warps: int = 4
     stages: int = 1
+    turned: bool = False
+    described: bool = False
 
 
 DENSE = Config("dense")
@@ -88,35 +94,65 @@ class Case:
 
 def product_configs(case: Case) -> list[Config]:
     """For ``x Wᵀ`` and ``dy W``: all that fit the device, by expected time."""
-    block_out, block_in = case.block
     if case.tokens <= DECODED_TOKENS:
-        tiles = ((16, 256), (8, 512), (16, 128), (4, 512))
-        return [Config("decode", case.bucket, n, k) for n, k in tiles]
-    depths = (16, 32, 64) if case.half else (16, 32)
+        tiles = ((4, 256, 1), (4, 512, 4), (16, 128, 4), (8, 512, 4), (4, 512, 2), (16, 256, 4))
+        return [Config("decode", case.bucket, n, k, warps) for n, k, warps in tiles]
+    found = {
+        config
+        for m, n, k, turned in product(*_tiles(case), (False, True))
+        if _possible(m, n, k, turned, case)
+        for stages in _depths(_stages(m, n, k, case), case)
+        for config in [Config("product", m, n, k, _warps(m, n, turned, case), stages, turned, _describes(n, k, case))]
+    }
+    return sorted(found, key=lambda config: (_expected(config, case), config.m, config.n, config.k, config.turned))
+
+
+def _depths(deepest: int, case: Case) -> set[int]:
+    """The pipelines worth trying: on sm_90 shallow ones let more programs share a multiprocessor."""
+    return {2, min(3, deepest), deepest} if case.device.capability == 90 else {deepest}
+
+
+def _tiles(case: Case) -> tuple[list[int], list[int], list[int]]:
+    """The extents that a tile may have: tokens, outputs, and steps along the sum."""
     few = case.tokens <= FEW_TOKENS
     rows = [m for m in (16, 32, 64, 128, 256) if (m < 2 * case.tokens or m == 16) and (few or m >= 64)]
     # Parts of a block row fill the device when tokens are few; whole and merged rows share a tile of x.
-    outs = [n for n in (16, 32, 64, 128, 256) if n >= block_out or few]
-    sums = 16384 if case.hopper else 8192
-    found = []
-    for m, n, k in product(rows, outs, depths):
-        gathers_and_merges = k > block_in and n > block_out
-        # Tiles that spill, as benchmarks/compiled.py finds: in an exact GELU, and in three TF32 products before sm_90.
-        spills = (n == 256 and (m < 128 or block_out == 128)) or (m == 256 and n == 128)
-        spills |= not (case.half or case.hopper) and k < 32 and n > block_out
-        if not gathers_and_merges and not spills and k >= min(block_in, depths[-1]) and _fits(m, n, k, case, sums):
-            found.append(Config("product", m, n, k, _warps(m, n, case), _stages(m, n, k, case)))
-    return sorted(found, key=lambda config: _expected(config, case))
+    outs = [n for n in (16, 32, 64, 128, 256) if n >= case.block[0] or few]
+    depths = [16, 32, 64] if case.half else [16, 32]
+    return rows, outs, [k for k in depths if k >= min(case.block[1], depths[-1])]
+
+
+def _possible(m: int, n: int, k: int, turned: bool, case: Case) -> bool:
+    """Whether the kernel takes a tile, and its sums and operands stay in registers."""
+    block_out, block_in = case.block
+    if k > block_in and n > block_out:
+        return False  # Either a step gathers blocks or a panel merges rows.
+    if turned and not (case.half and case.hopper and n >= WGMMA_ROWS):
+        return False
+    if not (case.half or case.hopper) and k < 32 and n > block_out:
+        return False
+    # Tiles that spill, as benchmarks/compiled.py finds.
+    spills = n == 256 and (m < 128 or block_out == 128) if not turned else n == 256
+    spills |= m == 256 and n == 128 and not turned
+    spills |= case.device.capability >= 100 and (n == 256 or (m == 128 and n == block_out == 128))
+    return not spills and _fits(m, n, k, case, 16384 if case.hopper else 8192)
+
+
+def _describes(n: int, k: int, case: Case) -> bool:
+    """Whether tiles of ``x`` come through a descriptor: that pays for merged rows, and takes Hopper's copy engine."""
+    return case.half and case.hopper and n > case.block[0] and k <= case.block[1]
 
 
 def sampled_configs(case: Case) -> list[Config]:
     """For ``dyᵀ x`` at the living blocks: ``m`` gathered columns of ``x``, ``n`` outputs, ``k`` tokens a step."""
     n, block_in = case.block
-    tiles = ((256, 64), (128, 64), (64, 64)) if case.half else ((128, 32), (64, 32), (64, 16))
+    tiles = [(256, 64), (128, 64), (64, 64)] if case.half else [(128, 32), (64, 32), (64, 16)]
+    if case.half and case.device.capability == 90:
+        tiles[1:1] = [(256, 32), (128, 32)]
     return [
-        Config("sampled", m, n, k, _warps(m, n, case), _stages(m, n, k, case))
+        Config("sampled", m, n, k, _warps(m, n, False, case), _stages(m, n, k, case))
         for m, k in tiles
-        if m >= block_in and _fits(m, n, k, case)
+        if m >= block_in and _fits(m, n, k, case, 16384 if case.hopper else 8192)
     ]
 
 
@@ -126,8 +162,10 @@ def _fits(m: int, n: int, k: int, case: Case, most_float32_sums: int = 16384) ->
     return m * n <= sums and _stages(m, n, k, case) >= 2
 
 
-def _warps(m: int, n: int, case: Case) -> int:
+def _warps(m: int, n: int, turned: bool, case: Case) -> int:
     """Two groups of four warps where one would hold too many sums; on Hopper each multiplies at least 64 rows."""
+    if turned:
+        return 8 if n > WGMMA_ROWS else 4
     if not case.hopper and not case.half and m * n >= 8192:
         return 8
     return 8 if m == 256 or (m == 128 and n >= (128 if case.half else 64)) else 4
@@ -139,16 +177,28 @@ def _stages(m: int, n: int, k: int, case: Case) -> int:
 
 
 def _expected(config: Config, case: Case) -> float:
-    """The relative time of a product, by the slower of tensor cores and L2, per token, input and output.
+    """The expected microseconds of a product on an H100.
 
-    Merged rows multiply the union of their columns: at density ``d``, ``1 - (1 - d)^rows`` of all.
+    A program's steps take the longer of arithmetic, traffic from L2 and the latency that its pipeline leaves, and its
+    start and end are shared with the programs beside it on a multiprocessor. Merged rows walk the union of their
+    columns: at density ``d``, ``1 - (1 - d)^rows`` of all.
     """
-    merged = max(1, config.n // case.block[0])
+    m, n, k, size = config.m, config.n, config.k, case.x.element_size()
     density = max(case.plan.density, 1e-6)
-    walked = 1 - (1 - density) ** merged
-    peak = PEAK["half" if case.half else case.precision]
-    peak *= ROWS_REACH.get(config.m, 1.0) * OUTPUTS_REACH.get(config.n, 1.0) * (0.7 if config.k < 32 else 1.0)
-    arithmetic = 2 * walked / peak
-    traffic = case.x.element_size() * (walked / config.n + density / config.m) / L2_BANDWIDTH
-    padding = -(-case.tokens // config.m) * config.m / case.tokens
-    return padding * (max(arithmetic, traffic) + 0.1 * min(arithmetic, traffic))
+    walked = 1 - (1 - density) ** max(1, n // case.block[0])
+    sums = m * n // (32 * config.warps)
+    beside = min(
+        case.device.shared_memory // (config.stages * (m + n) * k * size + 2048),
+        2048 // (32 * config.warps),
+        REGISTERS // (min(255, sums + REGISTERS_BESIDE_SUMS) * 32 * config.warps),
+    )
+    beside = max(1, beside)
+    padded = m * max(n, WGMMA_ROWS) if config.turned else max(m, WGMMA_ROWS) * n
+    share = 1e6 / case.device.multiprocessors  # of the device's rates, a multiprocessor's in a microsecond
+    arithmetic = 2 * padded * k / (PEAK["half" if case.half else case.precision] * share)
+    traffic = size * k * (m + n * density / walked) / (L2_BANDWIDTH * share)
+    latency = LATENCY / (beside * (config.stages - 1))
+    step = max(arithmetic, traffic, latency) + (1 - OVERLAP) * min(arithmetic, traffic)
+    program = walked * case.shape[1] / k * step + (START + FINISH * sums / 1000) / beside
+    programs = math.ceil(case.tokens / m) * math.ceil(case.shape[0] / n)
+    return max(1.0, programs / case.device.multiprocessors) * program

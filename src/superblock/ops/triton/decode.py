@@ -26,7 +26,6 @@ def decode_kernel(
     starts_ptr,
     cols_ptr,
     ids_ptr,
-    order_ptr,
     tokens,
     out_features,
     in_features,
@@ -45,7 +44,7 @@ def decode_kernel(
 ):
     """``BLOCK_N`` outputs of all ``TOKENS`` tokens, in float32, ``BLOCK_K`` stored columns at a time."""
     PARTS: tl.constexpr = BLOCK_OUT // BLOCK_N
-    panel = tl.load(order_ptr + tl.program_id(0) // PARTS)
+    panel = tl.program_id(0) // PARTS
     rows = tl.arange(0, TOKENS)
     n = tl.program_id(0) % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -58,13 +57,13 @@ def decode_kernel(
         living = places < end
         x_cols = tl.load(cols_ptr + places, mask=living, other=0) * BLOCK_IN + inner
         x_cols = tl.max_contiguous(tl.multiple_of(x_cols, BLOCK_IN), BLOCK_IN)
-        living &= x_cols < in_features
         ids = places
         if ids_ptr is not None:
             ids = tl.load(ids_ptr + places, mask=living, other=0)
         w_places = (ids.to(tl.int64) * w_block_stride + inner * w_in_stride)[None, :] + n[:, None] * w_out_stride
+        # Asked for before the columns are known: reading the weight is all the time there is.
         w = tl.load(w_ptr + w_places, mask=living[None, :], other=0.0).to(tl.float32)
-        x_mask = (rows < tokens)[:, None] & living[None, :]
+        x_mask = (rows < tokens)[:, None] & (living & (x_cols < in_features))[None, :]
         x = tl.load(x_ptr + rows[:, None] * x_stride + x_cols[None, :], mask=x_mask, other=0.0).to(tl.float32)
         acc += x[:, None, :] * w[None, :, :]
     cols = panel * BLOCK_OUT + n
@@ -97,7 +96,6 @@ def launches(
         "starts_ptr": walk.starts,
         "cols_ptr": walk.cols,
         "ids_ptr": walk.ids,
-        "order_ptr": walk.order,
         "tokens": x.shape[0],
         "out_features": operand.out_features,
         "in_features": operand.in_features,

@@ -10,10 +10,32 @@ from superblock.ops.triton.launch import Launch
 
 
 @triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    """``none``, ``relu``, ``gelu`` (exact), ``gelu_tanh`` or ``silu``, element by element in float32."""
+def gelu_for_16_bits(z):
+    """``z Φ(z)``, off by less than 1.6e-5 or 1e-5 of itself, at a third of what the error function costs.
+
+    ``Φ(c) - 1/2 = c P(c²)`` on [-4.5, 4.5], weighted minimax in ``s = 2 c² / 4.5² - 1``.
+    """
+    c = tl.minimum(tl.maximum(z, -4.5), 4.5)
+    s = c * c * 0.09876543209876543 - 1.0
+    p = s * -0.001565671982 + 0.00465532237
+    p = p * s - 0.006682840005
+    p = p * s + 0.01014045764
+    p = p * s - 0.01815922349
+    p = p * s + 0.02862396905
+    p = p * s - 0.04029578785
+    p = p * s + 0.05467185073
+    p = p * s - 0.07718336993
+    p = p * s + 0.1569053007
+    return tl.where(z < -4.5, 0.0, z * (0.5 + c * p))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
+    """``none``, ``relu``, ``gelu`` (exact to what ``HALF`` holds), ``gelu_tanh`` or ``silu``, in float32."""
     if ACTIVATION == "relu":
         z = tl.where(z < 0, 0.0, z)  # Not a maximum, which would turn NaN into zero.
+    elif ACTIVATION == "gelu" and HALF:
+        z = gelu_for_16_bits(z)
     elif ACTIVATION == "gelu":
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -44,7 +66,7 @@ def finish(
     places = rows[:, None] * features + cols[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + first_row * features + places, z.to(z_ptr.dtype.element_ty), mask=stored)
-    y = activate(z, ACTIVATION)
+    y = activate(z, ACTIVATION, y_ptr.dtype.element_ty.primitive_bitwidth == 16)
     if residual_ptr is not None:
         residual = residual_ptr + first_row * residual_stride + rows[:, None] * residual_stride + cols[None, :]
         y += tl.load(residual, mask=stored, other=0.0).to(tl.float32)

@@ -27,9 +27,15 @@ class Launch:
     def run(self) -> None:
         """Enqueue the kernel on the current stream; an empty grid is nothing to do."""
         if math.prod(self.grid):
-            self.kernel[self.grid](
-                **self.arguments, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
-            )
+            self.kernel[self.grid](**self.arguments, **self._options)
+
+    def compile(self) -> Any:
+        """The compiled kernel, without running it."""
+        return self.kernel.warmup(**self.arguments, grid=self.grid, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ def device_of(device: torch.device) -> Device:
     """The facts of a tensor's device."""
     if device.type != "cuda":
         return H100
-    facts = torch.cuda.get_device_properties(device)
+    facts: Any = torch.cuda.get_device_properties(device)  # torch 2.14 declares only some of its attributes
     return Device(
         facts.name, 10 * facts.major + facts.minor, facts.multi_processor_count, facts.shared_memory_per_block_optin
     )

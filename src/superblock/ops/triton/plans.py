@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from superblock.bsr import check_indices, row_indices
 from superblock.errors import BackendError
 from superblock.ops.indices import Indices, Memory, remembered
+from superblock.ops.triton.pairing import panels_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,12 +19,14 @@ class Walk:
     """The block columns that each panel of merged rows visits.
 
     ``starts [panels + 1]``, ``cols [steps]``, ``ids [steps, merged]`` (-1 where a row has no block there; ``None``
-    where step and block are one) and ``order [panels]``, longest first, so that a launch ends on short ones.
+    where step and block are one), ``rows [panels, merged]`` (``None`` where panel and row are one) and
+    ``order [panels]``, longest first, so that a launch ends on short ones.
     """
 
     starts: Tensor
     cols: Tensor
     ids: Tensor | None
+    rows: Tensor | None
     order: Tensor
     panels: int
     steps: int
@@ -84,22 +86,31 @@ class Plan:
         else:
             crow, cols, columns = self.indices.crow, self.indices.cols, self.indices.block_columns
             ids = torch.arange(self.nnz)
-        panels = math.ceil((crow.numel() - 1) / merged)
-        starts, steps = crow, cols.numel()
+        starts, steps, panels, merged_rows = crow, cols.numel(), crow.numel() - 1, None
         if merged > 1:
             rows = row_indices(crow, steps)
-            union, place = torch.unique(rows // merged * columns + cols, return_inverse=True)
+            living = torch.zeros(panels, columns, dtype=torch.bool)
+            living[rows, cols] = True
+            merged_rows = panels_of(living, merged)
+            panels = len(merged_rows)
+            place = merged_rows.flatten().argsort()[rows]
+            union, step = torch.unique(place // merged * columns + cols, return_inverse=True)
             table = torch.full((union.numel(), merged), -1, dtype=torch.int32)
-            table[place, rows % merged] = ids.int()
+            table[step, place % merged] = ids.int()
             cols, ids, steps = union % columns, table, union.numel()
             starts = torch.zeros(panels + 1, dtype=torch.int64)
             starts[1:] = torch.bincount(union // columns, minlength=panels).cumsum(0)
         order = starts.diff().argsort(descending=True, stable=True)
         one_to_one = merged == 1 and not transposed
         return Walk(
-            self._place(starts), self._place(cols), None if one_to_one else self._place(ids), self._place(order),
-            panels, steps,
-        )  # fmt: skip
+            self._place(starts),
+            self._place(cols),
+            None if one_to_one else self._place(ids),
+            None if merged_rows is None else self._place(merged_rows),
+            self._place(order),
+            panels,
+            steps,
+        )
 
     def _place(self, index: Tensor) -> Tensor:
         if index.numel() >= 2**31:

@@ -1,8 +1,11 @@
-"""``y = act(x Wᵀ + b) + r`` on tensor cores: tokens on their M axis, one or several block rows on N.
+"""``y = act(x Wᵀ + b) + r`` on tensor cores: tokens on one of their axes, one or several block rows on the other.
 
 A *panel* is what one program covers of the outputs: a part of a block row, a block row, or several block rows that
 walk the union of their columns, so that a tile of ``x`` is loaded once for all of them. Blocks that a row of the panel
 lacks are masked loads, which move no bytes.
+
+With tokens on M a tile may be as narrow as a block of 16. With outputs on M (``turned``), 64 or more of them, wgmma
+reads less of shared memory: a 64 × 16 piece of weights serves 256 tokens, where 64 tokens serve 64 outputs.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from superblock.ops.triton.configs import Config
+from superblock.ops.triton.descriptors import describe
 from superblock.ops.triton.epilogue import combine, finish
 from superblock.ops.triton.launch import Launch, device_of, precision_of, splits_for
 from superblock.ops.triton.plans import Operand
@@ -35,7 +39,9 @@ def product_kernel(
     starts_ptr,
     cols_ptr,
     ids_ptr,
+    rows_ptr,
     order_ptr,
+    x_tiles,
     tokens,
     out_features,
     in_features,
@@ -52,6 +58,7 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
     PARTIAL: tl.constexpr,
     WHOLE: tl.constexpr,
+    TURNED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -59,7 +66,8 @@ def product_kernel(
 
     ``starts [panels + 1]``, ``cols [steps]`` and ``ids [steps, merged rows]`` list the block columns that each panel
     walks and the block that each of its rows has there, -1 for none; without ``ids`` step and block are one.
-    ``order`` holds the panels, longest first. ``WHOLE``: the last block column is not cut by the matrix's edge.
+    ``rows [panels, merged rows]`` are the block rows of a panel, ``order`` the panels, longest first. ``x_tiles``
+    describes ``x`` where its tiles are fetched that way. ``WHOLE``: the last block column is not cut by the edge.
     """
     MERGED: tl.constexpr = BLOCK_N // BLOCK_OUT if BLOCK_N > BLOCK_OUT else 1
     PARTS: tl.constexpr = BLOCK_OUT // BLOCK_N if BLOCK_N < BLOCK_OUT else 1
@@ -90,7 +98,7 @@ def product_kernel(
     w_tile = w_ptr + ((part * BLOCK_N + n) % BLOCK_OUT)[None, :] * w_out_stride
     w_tile += (k % BLOCK_IN)[:, None] * w_in_stride
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if TURNED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     # Indices are loaded one step ahead of their use, so that no tile waits for its address.
     col = load_index(cols_ptr, begin + lane, end, 0)
     if MERGED > 1:
@@ -117,7 +125,9 @@ def product_kernel(
             x = tl.load(x_rows + x_cols[None, :], mask=(living & (x_cols < in_features))[None, :], other=0.0)
             w = tl.load(w_places, mask=living[:, None], other=0.0)
         else:
-            if WHOLE:
+            if x_tiles is not None:
+                x = x_tiles.load([first_row.to(tl.int32), col * BLOCK_IN + first])
+            elif WHOLE:
                 x = tl.load(x_rows + x_cols[None, :])
             else:
                 x = tl.load(x_rows + x_cols[None, :], mask=(x_cols < in_features)[None, :], other=0.0)
@@ -125,7 +135,10 @@ def product_kernel(
                 w = tl.load(w_places, mask=(ids >= 0)[None, :], other=0.0)
             else:
                 w = tl.load(w_places)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if TURNED:
+            acc = tl.dot(tl.trans(w), tl.trans(x), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
         ahead = (step + GATHERED) // CHUNKS
         col = load_index(cols_ptr, ahead + lane, end, 0)
@@ -134,7 +147,12 @@ def product_kernel(
         elif ids_ptr is not None:
             ids = load_index(ids_ptr, ahead + lane, end, 0)
 
-    cols = panel * (BLOCK_OUT * MERGED) + part * BLOCK_N + n
+    if TURNED:
+        acc = tl.trans(acc)
+    if MERGED > 1:
+        cols = tl.load(rows_ptr + panel * MERGED + n // BLOCK_OUT) * BLOCK_OUT + n % BLOCK_OUT
+    else:
+        cols = panel * BLOCK_OUT + part * BLOCK_N + n
     stored = (rows <= last_row)[:, None] & (cols < out_features)[None, :]
     if PARTIAL:
         part_ptr = y_ptr + (tl.program_id(1).to(tl.int64) * tokens + first_row) * out_features
@@ -181,7 +199,9 @@ def launches(
             "starts_ptr": walk.starts,
             "cols_ptr": walk.cols,
             "ids_ptr": walk.ids,
+            "rows_ptr": walk.rows,
             "order_ptr": walk.order,
+            "x_tiles": describe(x, (config.m, config.k)) if config.described else None,
             "tokens": tokens,
             "out_features": operand.out_features,
             "in_features": operand.in_features,
@@ -196,6 +216,7 @@ def launches(
             "BLOCK_K": config.k,
             "PARTIAL": not whole,
             "WHOLE": operand.in_features % operand.block_in == 0,
+            "TURNED": config.turned,
             "ACTIVATION": activation,
             "PRECISION": precision_of(x.dtype, device.capability),
         },

@@ -1,0 +1,172 @@
+"""Residual blocks whose additions, and the activations after those, run in the product before them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from superblock.feed_forward import FeedForwardMlp, FeedForwardSequential, chains, feed_forward, passes
+from superblock.fuse import activation_name, comes_from, watched
+from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, FoldedBatchNorm
+from superblock.ops.attention import attention
+
+_RESNETS = ("torchvision.models.resnet", "timm.models.resnet")
+_IDENTITIES = ("drop_block", "aa")  # Of timm's blocks, before the last convolution; a hook may listen to them.
+
+
+def fuse_residuals(model: nn.Module) -> None:
+    """Let the residual blocks that are known add in their products' epilogues, in place.
+
+    Known are ``BasicBlock`` and ``Bottleneck`` of torchvision's and timm's ResNets, torchvision's ``EncoderBlock``,
+    timm's ``Block`` and ``nn.TransformerEncoderLayer``. Modules, names and state stay as they are; only the block's
+    class changes. What a hook watches is called as ever.
+    """
+    for module in model.modules():
+        if any(comes_from(module, library, "BasicBlock", "Bottleneck") for library in _RESNETS):
+            if _is_plain(module) and any(isinstance(part, BSRConv2d) for part in module.children()):
+                module.__class__ = ResidualConvolutions
+        elif comes_from(module, "torchvision.models.vision_transformer", "EncoderBlock"):
+            module.__class__ = ResidualEncoderBlock
+        elif comes_from(module, "timm.models.vision_transformer", "Block") and comes_from(
+            module.get_submodule("attn"), "timm.", "Attention"
+        ):
+            module.__class__ = ResidualBlock
+        elif type(module) is nn.TransformerEncoderLayer:
+            module.__class__ = ResidualEncoderLayer
+
+
+class ResidualConvolutions(nn.Module):
+    """``act(convolutions(x) + shortcut(x))``: torchvision's and timm's ``BasicBlock`` and ``Bottleneck``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)  # type: ignore[operator]
+        last = 3 if hasattr(self, "conv3") else 2
+        for stage in range(1, last):
+            x = self._stage(stage, x)
+        for name in _IDENTITIES:
+            x = getattr(self, name)(x) if hasattr(self, name) else x
+        return self._stage(last, x, shortcut)
+
+    def _stage(self, number: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv, norm = getattr(self, f"conv{number}"), getattr(self, f"bn{number}")
+        act = getattr(self, "relu" if hasattr(self, "relu") else f"act{number}")
+        name = activation_name(act)
+        if type(conv) is BSRConv2d and type(norm) is FoldedBatchNorm and name and not watched(conv, norm):
+            return conv.convolve(x, name, residual)
+        y = norm(conv(x))
+        activated: Tensor = act(y if residual is None else y + residual)
+        return activated
+
+
+class ResidualEncoderBlock(nn.Module):
+    """torchvision's ``EncoderBlock``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
+        y = self.ln_1(input)  # type: ignore[operator]
+        if not self.training and passes(self.dropout) and _adds(self.self_attention):
+            x = self.self_attention(y, y, y, need_weights=False, residual=input)[0]  # type: ignore[operator]
+        else:
+            x = self.dropout(self.self_attention(y, y, y, need_weights=False)[0]) + input  # type: ignore[operator]
+        return _add_feed_forward(self.mlp, self.ln_2(x), x)  # type: ignore[operator,arg-type]
+
+
+class ResidualBlock(nn.Module):
+    """timm's ``Block``."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        y = self.norm1(x)  # type: ignore[operator]
+        whole = attn_mask is None and not is_causal and not self.training and passes(self.ls1, self.drop_path1)
+        if whole and _is_plain_attention(self.attn):  # type: ignore[arg-type]
+            x = _timm_attention(self.attn, y, x)  # type: ignore[arg-type]
+        else:
+            masks = {"attn_mask": attn_mask, "is_causal": is_causal or None}  # Older timms take fewer.
+            options = {name: mask for name, mask in masks.items() if mask is not None}
+            x = x + self.drop_path1(self.ls1(self.attn(y, **options)))  # type: ignore[operator]
+        y = self.norm2(x)  # type: ignore[operator]
+        if not self.training and passes(self.ls2, self.drop_path2):
+            return _add_feed_forward(self.mlp, y, x)  # type: ignore[arg-type]
+        z: Tensor = x + self.drop_path2(self.ls2(self.mlp(y)))  # type: ignore[operator]
+        return z
+
+
+class ResidualEncoderLayer(nn.TransformerEncoderLayer):
+    """torch's own ``TransformerEncoderLayer``."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if self.training or not passes(self.dropout1) or not _adds(self.self_attn):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+        def attend(x: Tensor, residual: Tensor) -> Tensor:
+            y: Tensor = self.self_attn(
+                x,
+                x,
+                x,
+                attn_mask=src_mask,
+                key_padding_mask=src_key_padding_mask,
+                need_weights=False,
+                residual=residual,
+            )[0]
+            return y
+
+        if self.norm_first:
+            x = attend(self.norm1(src), src)
+            return self._add_feed_forward(self.norm2(x), x)
+        x = self.norm1(attend(src, src))
+        y: Tensor = self.norm2(self._add_feed_forward(x, x))
+        return y
+
+    def _add_feed_forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        idle = isinstance(self.activation, nn.Identity) and passes(self.activation, self.dropout, self.dropout2)
+        if idle and chains(self.linear1, self.linear2):
+            return feed_forward(x, self.linear1, self.linear2, residual)  # type: ignore[arg-type]
+        return residual + self._ff_block(x)
+
+
+def _add_feed_forward(mlp: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """``mlp(x) + residual``."""
+    if isinstance(mlp, FeedForwardMlp | FeedForwardSequential) and not mlp.training and not watched(mlp):
+        added: Tensor = mlp(x, residual)
+        return added
+    y: Tensor = residual + mlp(x)
+    return y
+
+
+def _adds(module: object) -> bool:
+    """Whether an attention can add in its out-projection's epilogue, seen by nobody."""
+    return (
+        type(module) is BSRMultiheadAttention
+        and type(module.out_proj) is BSRLinear
+        and not watched(module, module.out_proj)
+    )
+
+
+def _is_plain_attention(attn: nn.Module) -> bool:
+    """Whether a timm ``Attention`` is qkv, ``softmax(q kᵀ / √d) v`` and an out-projection, seen by nobody."""
+    idle = (attn.q_norm, attn.k_norm, attn.attn_drop, getattr(attn, "norm", nn.Identity()), attn.proj_drop)
+    return (
+        type(attn.proj) is BSRLinear
+        and not watched(attn, attn.proj)
+        and getattr(attn, "gate", None) is None
+        and passes(*idle)
+    )
+
+
+def _timm_attention(attn: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[operator]
+    heads = attention(q, k, v).transpose(1, 2).flatten(2)
+    projection = attn.proj
+    assert isinstance(projection, BSRLinear)  # By `_is_plain_attention`.
+    return projection.project(heads, projection.activation, residual)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a ResNet block does nothing between its convolutions but normalize and activate."""
+    between = all(isinstance(getattr(block, name, nn.Identity()), nn.Identity) for name in _IDENTITIES)
+    return between and getattr(block, "se", None) is None and getattr(block, "drop_path", None) is None
