@@ -2,7 +2,7 @@
 
 /* e^x, to 2 ulp: 2^n from the exponent bits times a polynomial on [-ln 2 / 2, ln 2 / 2]. */
 SB_INLINE vec exponential(vec x) {
-    x = choose(x < -87.0f, splat(-87.0f), choose(x > 88.0f, splat(88.0f), x));
+    x = clamp(x, -87.0f, 88.0f);
     vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are round(x / ln 2) */
     vec n = shifted - 12582912.0f;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -29,16 +29,16 @@ SB_INLINE vec gelu(vec x) {
         1.346593515e-01f, -6.712658215e-02f, 4.964500671e-02f, -3.977141935e-02f, 3.204847271e-02f,
         -2.496526391e-02f, 1.840616407e-02f, -1.308362187e-02f, 8.890172597e-03f, -4.855696285e-03f,
         2.052947941e-03f, -1.578817173e-03f, 1.387552580e-03f, -4.701936467e-04f};
-    vec c = choose(x < -5.25f, splat(-5.25f), choose(x > 5.25f, splat(5.25f), x));
+    vec c = clamp(x, -5.25f, 5.25f);
     vec s = c * c * 0.0725623583f - 1.0f;
     vec p = splat(coefficients[13]);
     SB_UNROLL for (int i = 12; i >= 0; i--) p = p * s + coefficients[i];
-    return choose(x < -5.25f, splat(-0.0f), x * (0.5f + c * p));
+    return below(x, -5.25f, splat(-0.0f), x * (0.5f + c * p));
 }
 
 SB_INLINE vec activate(int activation, vec x) {
     switch (activation) {
-    case SB_RELU: return choose(x < 0.0f, splat(0.0f), x);
+    case SB_RELU: return below(x, 0.0f, splat(0.0f), x);
     case SB_GELU: return gelu(x);
     case SB_GELU_TANH: return gelu_tanh(x);
     case SB_SILU: return silu(x);

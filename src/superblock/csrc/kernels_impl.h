@@ -175,7 +175,7 @@ static void softmax(float *row, int64_t count, int64_t padded, float scale) {
     const float top = fold(highest, 1);
     for (int64_t n = 0; n < end; n += SB_LANES) {
         vec z = load(row + n) * scale - top;
-        vec e = choose(z < -87.0f, splat(0.0f), exponential(z));
+        vec e = below(z, -87.0f, splat(0.0f), exponential(z));
         total += e;
         store(row + n, e);
     }

@@ -24,6 +24,22 @@ SB_INLINE vec larger(vec a, vec b) {
     return choose(a > b, a, b);
 #endif
 }
+/* `yes` where x is below the limit, else, and for NaN, `no`. */
+SB_INLINE vec below(vec x, float limit, vec yes, vec no) {
+#if SB_LANES == 16
+    return (vec)_mm512_mask_blend_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_LT_OQ), (__m512)no, (__m512)yes);
+#else
+    return choose(x < limit, yes, no);
+#endif
+}
+/* NaN stays NaN: the second operand of the instructions. */
+SB_INLINE vec clamp(vec x, float low, float high) {
+#if SB_LANES == 16
+    return (vec)_mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), (__m512)x));
+#else
+    return choose(x < low, splat(low), choose(x > high, splat(high), x));
+#endif
+}
 SB_INLINE vec load(const float *p) {
     vec v;
     memcpy(&v, p, sizeof v);
