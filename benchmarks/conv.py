@@ -38,8 +38,10 @@ def main() -> None:
 def case(args: Any, dtype: torch.dtype, layer: tuple[int, ...], block: int, sparsity: float) -> dict[str, Any]:
     """One layer: ours and torch's in one race."""
     channels, out, size, kernel, stride = layer
-    living = (torch.rand(out // block, channels // block) >= sparsity).repeat_interleave(block, 0)
-    weight = torch.randn(out, channels, kernel, kernel) * living.repeat_interleave(block, 1)[:, :, None, None]
+    tiles = torch.zeros(out // block, channels // block)
+    tiles.view(-1)[torch.randperm(tiles.numel())[: max(1, round((1 - sparsity) * tiles.numel()))]] = 1
+    living = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    weight = torch.randn(out, channels, kernel, kernel) * living[:, :, None, None]
     weight = (weight / (channels * kernel * kernel) ** 0.5).to(dtype).to(memory_format=torch.channels_last)
     matrix, padding = matrix_of(weight, block), kernel // 2
     values = feature_major(matrix.values)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from superblock.cli.main import COMMANDS, guarded, main
@@ -54,6 +57,16 @@ def test_a_mistake_of_our_own_is_not_hidden() -> None:
 
     with pytest.raises(ModuleNotFoundError):
         guarded("train", fail)
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = [sys.executable, "-c", "from superblock.cli.main import entry; entry()", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert "BrokenPipeError" not in running.stderr.read()
+    assert running.returncode == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)

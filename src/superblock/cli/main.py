@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -51,7 +52,12 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
 def guarded(name: str, command: Callable[[], int | None]) -> int:
     """``command()``, with a :class:`SuperBlockError` or a missing optional package told in one line."""
     try:
-        return command() or 0
+        status = command() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # Whoever reads what is printed has seen enough, as `| head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except SuperBlockError as error:
         print(f"{name}: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:

@@ -83,6 +83,14 @@ typedef struct {
     int64_t prepared; /* the panel that the kernels are prepared for */
 } strip;
 
+/* A panel's share of the lines that the next group will touch, in the order in which they lie. */
+static void fetch_ahead(const sb_target *t, int64_t first, int64_t bytes) {
+    for (int64_t at = first; at < first + bytes; at += 64) {
+        __builtin_prefetch(t->ahead_residual + at);
+        __builtin_prefetch(t->ahead_y + at, 1);
+    }
+}
+
 static void add_panel(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel, strip *s) {
     const sb_weight *w = &layer->weight;
     const int64_t start = w->crow[row], size = sb_size_of(layer->dtype);
@@ -149,6 +157,7 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
                   (uintptr_t)t->y % 64 == 0,
     };
     if (columns <= 0 && e.packed_columns <= 0) return;
+    if (t->ahead_y) fetch_ahead(t, column * t->group * size, columns * t->group * size);
     for (int64_t token = 0; token < t->tokens; token += t->group) {
         const int64_t at = token * t->y_stride + column;
         sb_tile tile = {.x = (const char *)t->packed + token * layer->padded_in * layer->packed_size, .acc = acc};

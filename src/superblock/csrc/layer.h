@@ -37,6 +37,7 @@ typedef struct {
     int64_t next_padded, next_size, next_chunk;
     int32_t activation, residual_first;
     int stream; /* y is too large to be worth a place in the caches */
+    const char *ahead_residual, *ahead_y; /* `group` dense rows to fetch meanwhile, for the next group; or NULL */
 } sb_target;
 
 /* Multiply the packed groups with block rows [first, last). */

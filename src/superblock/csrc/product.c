@@ -157,7 +157,28 @@ typedef struct {
     const sb_product *product;
     sb_layer layer;
     partition partition;
+    int by_group;
 } product_job;
+
+/* All block rows of a group before the next group, whose lines are fetched meanwhile. */
+static void run_by_group(const sb_layer *layer, const sb_target *tile, int64_t first, int64_t last, float *acc) {
+    const int64_t size = sb_size_of(layer->dtype), group = tile->group, out = layer->weight.out_features;
+    const int whole = tile->y_stride == out && tile->residual_stride == out;
+    for (int64_t token = 0; token < tile->tokens; token += group) {
+        sb_target t = *tile;
+        const int64_t y = token * t.y_stride * size, left = t.tokens - token;
+        t.tokens = sb_min(group, left);
+        t.packed = (const char *)t.packed + token * layer->padded_in * layer->packed_size;
+        t.y = (char *)t.y + y;
+        t.preactivation = t.preactivation ? (char *)t.preactivation + y : NULL;
+        t.residual = (const char *)t.residual + token * t.residual_stride * size;
+        if (whole && left >= 2 * group) {
+            t.ahead_residual = (const char *)t.residual + group * out * size;
+            t.ahead_y = (const char *)t.y + group * out * size;
+        }
+        sb_layer_run(layer, &t, first, last, acc);
+    }
+}
 
 static int product_item(const void *context, int64_t item) {
     const product_job *job = context;
@@ -171,30 +192,27 @@ static int product_item(const void *context, int64_t item) {
     pack_tile(layer, job->product, start, tokens, cut->group, scratch);
     sb_target target = target_of(job->product, start, tokens, cut->group);
     target.packed = scratch;
-    sb_layer_run(layer, &target, split_row(layer, part, cut->splits), split_row(layer, part + 1, cut->splits),
-                 (float *)(scratch + packed_bytes));
+    const int64_t first = split_row(layer, part, cut->splits), last = split_row(layer, part + 1, cut->splits);
+    float *acc = (float *)(scratch + packed_bytes);
+    if (job->by_group) run_by_group(layer, &target, first, last, acc);
+    else sb_layer_run(layer, &target, first, last, acc);
     finish_stores();
     return SB_OK;
 }
 
-enum { A_WHOLE_TILE = 64 << 20 }; /* bytes a token, of which no tile holds two groups */
-
-/* A residual and y are passed through a panel's width at a time, panel by panel: while the weights stay in L2, tiles of
- * one group keep those lines near (768 -> 3072, 90 %, 3152 tokens, float32, with a residual: 24 -> 17 ms). */
-static int one_group_a_tile(const sb_product *p) {
-    enum { RESIDENT_BYTES = 1 << 20 };
-    const sb_weight *w = &p->weight;
-    const int64_t blocks = w->crow[sb_ceil_div(w->out_features, w->block_out)] - w->crow[0];
-    return p->residual && blocks * w->block_out * w->block_in * sb_size_of(p->dtype) <= RESIDENT_BYTES;
-}
+/* A residual and y are passed through a panel's width at a time: while the weights stay in L2, going group by group keeps
+ * those lines near (768 -> 3072, 90 %, 3152 tokens, float32, with a residual: 24 -> 17 ms), and fetching them in the
+ * order in which they lie another part (128 -> 512 channels, 28 x 28, 16 images: 11.5 -> 8.4 ms). */
+enum { RESIDENT_BYTES = 1 << 20 };
 
 SB_API int sb_run_product(const sb_product *p) {
     if (!p->tokens) return SB_OK;
     product_job job = {.product = p};
     sb_layer_init(&job.layer, &p->weight, p->dtype, p->tokens);
     prefer_huge_pages(p);
-    const int64_t bytes = one_group_a_tile(p) ? A_WHOLE_TILE : job.layer.padded_in * job.layer.packed_size;
-    job.partition = cut(p->tokens, job.layer.max_group, bytes, sb_layer_bytes(&job.layer), job.layer.rows, p->threads);
+    const int64_t bytes = job.layer.padded_in * job.layer.packed_size, weight_bytes = sb_layer_bytes(&job.layer);
+    job.by_group = p->residual && weight_bytes <= RESIDENT_BYTES;
+    job.partition = cut(p->tokens, job.layer.max_group, bytes, weight_bytes, job.layer.rows, p->threads);
     const int status = arrange(&job.layer, NULL, p->threads);
     if (status != SB_OK) return status;
     return sb_parallel(p->threads, job.partition.tiles * job.partition.splits, product_item, &job);
