@@ -45,6 +45,7 @@ def fuzz(isa, dtype, tokens, out, in_, height, width, other, packed, density, th
     cpu.linear_with_preactivation(x, values, *index, bias, out, in_, "silu")
     cpu.grad_input(grad, values, *index, out, in_)
     cpu.grad_values(grad, x, *index, out, in_, height, width)
+    cpu.activation_gradient(grad.repeat(1, 2)[:, 1:1 + out], grad, "gelu")
     cpu.feed_forward(x, (values, *index, bias, out, in_), "relu", (second, *second_index, None, in_, out))
     kernel = 1 + tokens % 3
     images = torch.randn(2, in_, 5, 6).to(dtype).to(memory_format=torch.channels_last)

@@ -119,9 +119,10 @@ def test_gradients_of_activation_and_bias_in_one_op(activation: str, monkeypatch
     def gradients() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(bsr_linear(x, matrix, bias, activation).square().sum(), (x, bias))
 
-    want = gradients()
-    monkeypatch.setattr("superblock.ops.library._fuses", lambda _: True)
-    torch.testing.assert_close(gradients(), want)
+    natural = gradients()
+    for fuses in (True, False):
+        monkeypatch.setattr("superblock.ops.library._fuses", lambda _, fuses=fuses: fuses)
+        torch.testing.assert_close(gradients(), natural)
 
 
 def test_the_preactivation_has_a_gradient_too() -> None:

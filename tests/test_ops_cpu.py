@@ -123,6 +123,42 @@ def test_activations_at_their_extremes(dtype: torch.dtype) -> None:
         assert specials[1] == torch.inf
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("leading", "features"), [((1,), 1), ((3, 67), 150), ((0,), 20), ((32,), 64), ((100,), 7)])
+def test_gradients_of_activation_and_bias(leading: tuple[int, ...], features: int, dtype: torch.dtype) -> None:
+    z, grad = (3 * torch.randn(*leading, features)).to(dtype), torch.randn(*leading, features + 9).to(dtype)
+    for strided in (grad[..., :features], grad.mT.contiguous().mT[..., :features]):
+        for activation in ACTIVATIONS:
+            dz, dbias = cpu.activation_gradient(strided, z, activation)
+            want = _gradient(strided.double(), z.double(), activation)
+            assert_near(dz, want)
+            assert_near(dbias, want.reshape(-1, features).sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slopes_at_their_extremes(dtype: torch.dtype) -> None:
+    z = torch.cat([torch.linspace(-12, 12, 5001), torch.tensor([0.0, -0.0, 1e4, -1e4])]).to(dtype)[:, None]
+    ends = torch.tensor([[torch.inf], [-torch.inf], [torch.nan]], dtype=dtype)
+    for activation in ACTIVATIONS:
+        dz, _ = cpu.activation_gradient(torch.ones_like(z), z, activation)
+        want = _gradient(torch.ones_like(z).double(), z.double(), activation)
+        torch.testing.assert_close(dz.double(), want, rtol=torch.finfo(dtype).eps, atol=3e-6)
+        limits, total = cpu.activation_gradient(torch.ones_like(ends), ends, activation)
+        low = 1.0 if activation == "none" else 0.0
+        torch.testing.assert_close(limits[:2, 0].float(), torch.tensor([1.0, low]), rtol=0, atol=3e-6)
+        if activation not in ("none", "relu"):  # Whose slopes do not depend on the size of z.
+            assert limits[2].isnan()
+            assert total.isnan()
+        dz, total = cpu.activation_gradient(ends[2:], z[:1], activation)
+        assert dz.isnan()
+        assert total.isnan()
+
+
+def _gradient(grad: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:
+    z = z.requires_grad_()
+    return torch.autograd.grad(reference.activate(z, activation), z, grad)[0]
+
+
 def test_gradients_are_the_same_bits_every_time_and_on_any_number_of_threads() -> None:
     values, crow, col = random_weight(256, 192, (32, 32))
     grad, x = torch.randn(301, 256), torch.randn(301, 192)
@@ -133,6 +169,7 @@ def test_gradients_are_the_same_bits_every_time_and_on_any_number_of_threads() -
             (
                 cpu.grad_input(grad, values, crow, col, 256, 192),
                 cpu.grad_values(grad, x, crow, col, 256, 192, 32, 32),
+                *cpu.activation_gradient(grad, grad.flip(0), "gelu"),
             )
         )
     torch.set_num_threads(1)
@@ -182,6 +219,8 @@ def test_gradients_of_unequal_tokens_are_refused() -> None:
     _, crow, col = random_weight(48, 32, (16, 16))
     with pytest.raises(MatrixError, match="grad and x must have the same tokens, got 2 and 3"):
         cpu.grad_values(torch.zeros(2, 48), torch.zeros(3, 32), crow, col, 48, 32, 16, 16)
+    with pytest.raises(MatrixError, match="grad and z must have the same tokens, got 2 and 3"):
+        cpu.activation_gradient(torch.zeros(2, 48), torch.zeros(3, 48), "gelu")
 
 
 def test_changed_indices_are_read_again() -> None:

@@ -90,6 +90,31 @@ static double activate(int activation, double z) {
     }
 }
 
+/* The slope of `activate`, by its central difference. */
+static double slope(int activation, double z) {
+    if (activation == SB_RELU) return z > 0;
+    return (activate(activation, z + 1e-5) - activate(activation, z - 1e-5)) / 2e-5;
+}
+
+/* dz and dbias of y's gradient `grad` and z, both [tokens][features]. */
+static int check_gradient(int dtype, int activation, int64_t tokens, int64_t features, const void *grad, const void *z) {
+    void *dz = room(tokens * features, dtype), *dbias = room(features, dtype);
+    const sb_gradient g = {grad, z, dz, dbias, tokens, features, features, dtype, activation, 2};
+    int bad = sb_run_activation_gradient(&g) != SB_OK;
+    const double tolerance = dtype == SB_FLOAT32 ? 1e-5 : 0.01;
+    for (int64_t n = 0; n < features; n++) {
+        double sum = 0;
+        for (int64_t at = n; at < tokens * features; at += features) {
+            const double want = get(grad, dtype, at) * slope(activation, get(z, dtype, at));
+            if (!(fabs(get(dz, dtype, at) - want) < tolerance)) bad = 1;
+            sum += want;
+        }
+        if (!(fabs(get(dbias, dtype, n) - sum) < tolerance * (10 + fabs(sum)))) bad = 1;
+    }
+    free(dz), free(dbias);
+    return bad;
+}
+
 static int check(int round) {
     const int dtype = round % SB_DTYPES, activation = round % SB_ACTIVATIONS, turned = round & 1;
     const int64_t tokens = below(70), out = 1 + below(100), in = 1 + below(100);
@@ -119,6 +144,7 @@ static int check(int round) {
     sb_sampled s = {p.weight, residual, x, tokens, out, in, dtype, 2};
     s.weight.values = gradient;
     bad |= sb_run_sampled(&s) != SB_OK;
+    bad |= check_gradient(dtype, activation, tokens, out, residual, y);
     /* Relative to sums of up to 100 products below 1: the dtype's own rounding of results up to about 10. */
     const double tolerance = dtype == SB_FLOAT32 ? 1e-4 : dtype == SB_BFLOAT16 ? 0.15 : 0.02;
     for (int64_t t = 0; t < tokens; t++)

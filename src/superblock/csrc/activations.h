@@ -15,6 +15,12 @@ SB_INLINE vec exponential(vec x) {
     return (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
+SB_INLINE vec polynomial(const float *coefficients, const int terms, vec s) {
+    vec p = splat(coefficients[terms - 1]);
+    SB_UNROLL for (int i = terms - 2; i >= 0; i--) p = p * s + coefficients[i];
+    return p;
+}
+
 SB_INLINE vec silu(vec x) { return x / (1.0f + exponential(-x)); }
 
 /* x/2 (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3). */
@@ -30,9 +36,7 @@ SB_INLINE vec gelu(vec x) {
         -2.496526391e-02f, 1.840616407e-02f, -1.308362187e-02f, 8.890172597e-03f, -4.855696285e-03f,
         2.052947941e-03f, -1.578817173e-03f, 1.387552580e-03f, -4.701936467e-04f};
     vec c = clamp(x, -5.25f, 5.25f);
-    vec s = c * c * 0.0725623583f - 1.0f;
-    vec p = splat(coefficients[13]);
-    SB_UNROLL for (int i = 12; i >= 0; i--) p = p * s + coefficients[i];
+    vec p = polynomial(coefficients, 14, c * c * 0.0725623583f - 1.0f);
     return below(x, -5.25f, splat(-0.0f), x * (0.5f + c * p));
 }
 
@@ -43,5 +47,42 @@ SB_INLINE vec activate(int activation, vec x) {
     case SB_GELU_TANH: return gelu_tanh(x);
     case SB_SILU: return silu(x);
     default: return x;
+    }
+}
+
+/* The derivatives. Inputs are clamped to where these have reached their limits, so that infinities stay finite. */
+
+/* s (1 + x (1 - s)), s = 1 / (1 + e^-x). */
+SB_INLINE vec silu_slope(vec x) {
+    vec c = clamp(x, -87.0f, 87.0f), e = exponential(-c), s = 1.0f / (1.0f + e);
+    return s + c * (e * s) * s;
+}
+
+/* s (1 + x (1 - s) u'), s = 1 / (1 + e^-u), u = 2 sqrt(2/pi) (x + 0.044715 x^3). */
+SB_INLINE vec gelu_tanh_slope(vec x) {
+    vec c = clamp(x, -10.0f, 10.0f), q = c * c;
+    vec e = exponential(c * (-1.5957691216f - 0.0713548163f * q)), s = 1.0f / (1.0f + e);
+    return s + c * (1.5957691216f + 0.2140644489f * q) * (e * s) * s;
+}
+
+/* Phi(x) + x phi(x). As for gelu: less 1/2 it is c P(c^2) on [-5.5, 5.5], with s = 2 c^2 / 5.5^2 - 1; absolute error
+ * below 1e-6, without an exponential. */
+SB_INLINE vec gelu_slope(vec x) {
+    static const float coefficients[] = {
+        1.287591755e-01f, -6.574013829e-02f, 5.367087200e-02f, -5.372582376e-02f, 6.018722802e-02f,
+        -6.885715574e-02f, 7.533518970e-02f, -7.291948050e-02f, 6.065639481e-02f, -5.308612064e-02f,
+        4.956649616e-02f, -2.782363072e-02f, 4.100670107e-03f, -6.424903404e-03f, 1.212025899e-02f,
+        -4.909866955e-03f};
+    vec c = clamp(x, -5.5f, 5.5f);
+    return 0.5f + c * polynomial(coefficients, 16, c * c * 0.0661157025f - 1.0f);
+}
+
+SB_INLINE vec slope(int activation, vec x) {
+    switch (activation) {
+    case SB_RELU: return below(-x, 0.0f, splat(1.0f), splat(0.0f));
+    case SB_GELU: return gelu_slope(x);
+    case SB_GELU_TANH: return gelu_tanh_slope(x);
+    case SB_SILU: return silu_slope(x);
+    default: return splat(1.0f);
     }
 }

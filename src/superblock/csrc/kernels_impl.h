@@ -1,4 +1,5 @@
-/* What an instruction set provides besides its tiles: conversion, packing, the epilogue and outer products. */
+/* What an instruction set provides besides its tiles: conversion, packing, the epilogue, its gradient and outer
+ * products. */
 
 SB_INLINE int64_t size_of(int dtype) { return dtype == SB_FLOAT32 ? 4 : 2; }
 
@@ -134,17 +135,37 @@ SB_INLINE void epilogue_of(int dtype, int activation, const sb_epilogue *e) {
     }
 }
 
-static void epilogue(const sb_epilogue *e) {
-#define SB_CASE(dtype, activation) \
-    case (dtype) * SB_ACTIVATIONS + (activation): epilogue_of(dtype, activation, e); break;
-#define SB_CASES(dtype)                                                                   \
-    SB_CASE(dtype, SB_NONE) SB_CASE(dtype, SB_RELU) SB_CASE(dtype, SB_GELU)               \
-    SB_CASE(dtype, SB_GELU_TANH) SB_CASE(dtype, SB_SILU)
-    switch (e->dtype * SB_ACTIVATIONS + e->activation) {
-        SB_CASES(SB_FLOAT32)
-        SB_CASES(SB_BFLOAT16)
-        SB_CASES(SB_FLOAT16)
+/* function(dtype, activation, ...) with both of them constant. */
+#define SB_CASE(dtype, activation, function, ...) \
+    case (dtype) * SB_ACTIVATIONS + (activation): function(dtype, activation, __VA_ARGS__); break;
+#define SB_CASES(dtype, ...)                                                                            \
+    SB_CASE(dtype, SB_NONE, __VA_ARGS__) SB_CASE(dtype, SB_RELU, __VA_ARGS__)                           \
+    SB_CASE(dtype, SB_GELU, __VA_ARGS__) SB_CASE(dtype, SB_GELU_TANH, __VA_ARGS__)                      \
+    SB_CASE(dtype, SB_SILU, __VA_ARGS__)
+#define SB_SPECIALIZE(dtype, activation, ...)                                                           \
+    switch ((dtype) * SB_ACTIVATIONS + (activation)) {                                                  \
+        SB_CASES(SB_FLOAT32, __VA_ARGS__)                                                               \
+        SB_CASES(SB_BFLOAT16, __VA_ARGS__)                                                              \
+        SB_CASES(SB_FLOAT16, __VA_ARGS__)                                                               \
     }
+
+static void epilogue(const sb_epilogue *e) { SB_SPECIALIZE(e->dtype, e->activation, epilogue_of, e) }
+
+SB_INLINE void gradient_of(int dtype, int activation, const sb_gradient *gradient, int64_t start, int64_t stop,
+                           float *sums) {
+    const sb_gradient g = *gradient;
+    for (int64_t t = start; t < stop; t++)
+        for (int64_t n = 0; n < g.features; n += SB_LANES) {
+            const int64_t at = t * g.features + n, left = g.features - n;
+            vec z = load_part(dtype, g.z, at, left);
+            vec dz = load_part(dtype, g.grad, t * g.grad_stride + n, left) * slope(activation, z);
+            store_part(dtype, g.dz, at, left, dz);
+            store(sums + n, load(sums + n) + dz);
+        }
+}
+
+static void gradient(const sb_gradient *g, int64_t start, int64_t stop, float *sums) {
+    SB_SPECIALIZE(g->dtype, g->activation, gradient_of, g, start, stop, sums)
 }
 
 /* The largest lane, or the sum of all. */
@@ -277,4 +298,4 @@ static double peak(int dtype, int64_t iterations) {
 #define SB_COMMON_KERNELS                                                                                          \
     .supported = supported, .longest_chunk = SB_LONGEST_CHUNK, .lanes = SB_LANES, .tile = tile,                    \
     .epilogue = epilogue, .pack = pack, .widen = widen, .narrow = narrow, .softmax = softmax, .transpose = transpose, .outer = outer,    \
-    .peak = peak
+    .gradient = gradient, .peak = peak

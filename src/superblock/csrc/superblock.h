@@ -57,6 +57,14 @@ typedef struct {
     int32_t dtype, threads;
 } sb_sampled;
 
+/* dz = dy act'(z) and its sum over the tokens; z and dz are dense. */
+typedef struct {
+    const void *grad, *z;
+    void *dz, *dbias;
+    int64_t tokens, features, grad_stride;
+    int32_t dtype, activation, threads;
+} sb_gradient;
+
 /* y = softmax(scale q kᵀ) v by head; the features of a head are dense and a multiple of 8. */
 typedef struct {
     const void *q, *k, *v;
@@ -70,6 +78,7 @@ typedef struct {
 SB_API int sb_run_product(const sb_product *product);
 SB_API int sb_run_feed_forward(const sb_feed_forward *ff);
 SB_API int sb_run_sampled(const sb_sampled *sampled);
+SB_API int sb_run_activation_gradient(const sb_gradient *gradient);
 SB_API int sb_run_attention(const sb_attention *attention);
 /* The instruction sets of this build, best first, as "avx512bf16 avx512 ..."; those the machine lacks are left out. */
 SB_API const char *sb_available(void);

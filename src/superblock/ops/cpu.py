@@ -108,6 +108,21 @@ def grad_values(
     return values
 
 
+def activation_gradient(grad: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """``dz = dy · act'(z)`` and ``db``, its sum over the tokens, in one pass."""
+    features = z.shape[-1]
+    grads, rows = rows_of(grad, features, z.dtype), z.contiguous().view(-1, features)
+    if len(grads) != len(rows):
+        raise MatrixError(f"grad and z must have the same tokens, got {len(grads)} and {len(rows)}")
+    dz, dbias = torch.empty_like(rows), z.new_empty(features)
+    gradient = native.Gradient(
+        grads.data_ptr(), rows.data_ptr(), dz.data_ptr(), dbias.data_ptr(), len(rows), features, grads.stride(0),
+        native.DTYPES[z.dtype], native.ACTIVATIONS[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    check(native.library().sb_run_activation_gradient(ctypes.byref(gradient)))
+    return dz.view(z.shape), dbias
+
+
 def _run(
     product: ctypes.Structure,
     x: Tensor,

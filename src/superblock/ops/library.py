@@ -205,7 +205,7 @@ def _activation_gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
 
 def _activation_and_bias_gradients(grad: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """``dz`` and ``db``: one pass where the backend has a kernel for it."""
-    fused = getattr(select(z.device.type, z.dtype, 16, 16), "activation_gradient", None)
+    fused = _gradient_kernel(z)
     if fused is not None:
         both: tuple[Tensor, Tensor] = fused(grad, z, activation)
         return both
@@ -213,9 +213,13 @@ def _activation_and_bias_gradients(grad: Tensor, z: Tensor, activation: str) -> 
     return dz, dz.reshape(-1, z.shape[-1]).sum(0)
 
 
+def _gradient_kernel(z: Tensor) -> Any:
+    return getattr(select(z.device.type, z.dtype, 16, 16), "activation_gradient", None)
+
+
 def _fuses(z: Tensor) -> bool:
     """Whether one op gives ``dz`` and ``db``; it has no gradient of its own, so double backward goes without."""
-    return z.is_cuda and not torch.is_grad_enabled()
+    return not torch.is_grad_enabled() and _gradient_kernel(z) is not None
 
 
 def _product_gradients(

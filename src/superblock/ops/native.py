@@ -55,7 +55,12 @@ Sampled = _structure(
     ("tokens grad_stride x_stride", "int64"),
     ("dtype threads", "int32"),
 )
-
+Gradient = _structure(
+    "Gradient",
+    ("grad z dz dbias", "pointer"),
+    ("tokens features grad_stride", "int64"),
+    ("dtype activation threads", "int32"),
+)
 Attention = _structure(
     "Attention",
     ("q k v y", "pointer"),
@@ -107,6 +112,7 @@ def library() -> ctypes.CDLL:
         ("sb_run_product", Product),
         ("sb_run_feed_forward", FeedForward),
         ("sb_run_sampled", Sampled),
+        ("sb_run_activation_gradient", Gradient),
         ("sb_run_attention", Attention),
     ):
         getattr(core, name).argtypes = [POINTER(structure)]
