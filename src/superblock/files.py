@@ -87,8 +87,11 @@ def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def _is_pickle(path: Path) -> bool:
-    content = path.read_bytes()
-    return content[:1] == pickle.PROTO and content[-1:] == pickle.STOP
+    with path.open("rb") as file:
+        if file.read(1) != pickle.PROTO:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == pickle.STOP
 
 
 def _umask() -> int:
