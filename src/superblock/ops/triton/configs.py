@@ -69,6 +69,11 @@ class Case:
         return self.device.capability >= 90
 
     @property
+    def measured(self) -> bool:
+        """Whether configurations were measured on such a device: elsewhere some of the finer ones spill."""
+        return self.device.capability == 90
+
+    @property
     def device(self) -> Device:
         return device_of(self.x.device)
 
@@ -97,19 +102,18 @@ def product_configs(case: Case) -> list[Config]:
     if case.tokens <= DECODED_TOKENS:
         tiles = ((4, 256, 1), (4, 512, 4), (16, 128, 4), (8, 512, 4), (4, 512, 2), (16, 256, 4))
         return [Config("decode", case.bucket, n, k, warps) for n, k, warps in tiles]
-    found = {
-        config
+    found = [
+        Config("product", m, n, k, _warps(m, n, turned, case), stages, turned, _describes(n, k, case))
         for m, n, k, turned in product(*_tiles(case), (False, True))
         if _possible(m, n, k, turned, case)
         for stages in _depths(_stages(m, n, k, case), case)
-        for config in [Config("product", m, n, k, _warps(m, n, turned, case), stages, turned, _describes(n, k, case))]
-    }
-    return sorted(found, key=lambda config: (_expected(config, case), config.m, config.n, config.k, config.turned))
+    ]
+    return sorted(found, key=lambda config: _expected(config, case))
 
 
-def _depths(deepest: int, case: Case) -> set[int]:
+def _depths(deepest: int, case: Case) -> list[int]:
     """The pipelines worth trying: on sm_90 shallow ones let more programs share a multiprocessor."""
-    return {2, min(3, deepest), deepest} if case.device.capability == 90 else {deepest}
+    return sorted({2, min(3, deepest), deepest}) if case.measured else [deepest]
 
 
 def _tiles(case: Case) -> tuple[list[int], list[int], list[int]]:
@@ -132,10 +136,10 @@ def _possible(m: int, n: int, k: int, turned: bool, case: Case) -> bool:
     if not (case.half or case.hopper) and k < 32 and n > block_out:
         return False
     # Tiles that spill, as benchmarks/compiled.py finds.
-    spills = n == 256 and (m < 128 or block_out == 128) if not turned else n == 256
+    spills = n == 256 and (turned or m < 128 or block_out == 128)
     spills |= m == 256 and n == 128 and not turned
     spills |= case.device.capability >= 100 and (n == 256 or (m == 128 and n == block_out == 128))
-    return not spills and _fits(m, n, k, case, 16384 if case.hopper else 8192)
+    return not spills and _fits(m, n, k, case)
 
 
 def _describes(n: int, k: int, case: Case) -> bool:
@@ -147,18 +151,18 @@ def sampled_configs(case: Case) -> list[Config]:
     """For ``dyᵀ x`` at the living blocks: ``m`` gathered columns of ``x``, ``n`` outputs, ``k`` tokens a step."""
     n, block_in = case.block
     tiles = [(256, 64), (128, 64), (64, 64)] if case.half else [(128, 32), (64, 32), (64, 16)]
-    if case.half and case.device.capability == 90:
+    if case.half and case.measured:
         tiles[1:1] = [(256, 32), (128, 32)]
     return [
         Config("sampled", m, n, k, _warps(m, n, False, case), _stages(m, n, k, case))
         for m, k in tiles
-        if m >= block_in and _fits(m, n, k, case, 16384 if case.hopper else 8192)
+        if m >= block_in and _fits(m, n, k, case)
     ]
 
 
-def _fits(m: int, n: int, k: int, case: Case, most_float32_sums: int = 16384) -> bool:
+def _fits(m: int, n: int, k: int, case: Case) -> bool:
     """Whether a tile fits: its sums the registers, beside mma's operands before Hopper, its pipeline shared memory."""
-    sums = (32768 if case.hopper else 16384) if case.half else most_float32_sums
+    sums = (32768 if case.half else 16384) // (1 if case.hopper else 2)
     return m * n <= sums and _stages(m, n, k, case) >= 2
 
 
