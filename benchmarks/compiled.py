@@ -35,8 +35,13 @@ TOKENS = (1, 16, 4096)
 DENSITY = 0.2
 DTYPES = (torch.bfloat16, torch.float32)
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
-INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "cp.async": "cp.async.c"}
-INSTRUCTIONS["tma"] = "cp.async.bulk.tensor"
+INSTRUCTIONS = {
+    "wgmma": "wgmma.mma_async",
+    "tcgen05": "tcgen05.mma",
+    "mma": "mma.sync",
+    "cp.async": "cp.async.c",
+    "tma": "cp.async.bulk.tensor",
+}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 TYPES |= {torch.bool: "*i1", torch.int64: "*i64"}
 
