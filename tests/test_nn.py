@@ -15,6 +15,7 @@ from torch import nn
 from superblock import BSRConv2d, BSRLinear, BSRMatrix, BSRMultiheadAttention
 from superblock.convert import padding_of
 from superblock.errors import MatrixError, ModelError
+from superblock.ops import indices
 from superblock.ops.convolution import matrix_of
 
 
@@ -34,6 +35,15 @@ def test_linear_forward_and_backward() -> None:
     torch.testing.assert_close(sparse.bias.grad, dense.bias.grad)
     grad = BSRMatrix(sparse.crow_indices, sparse.col_indices, sparse.values.grad, (50, 24)).to_dense()
     torch.testing.assert_close(grad, dense.weight.grad * (dense.weight != 0))
+
+
+def test_a_layer_built_in_inference_mode_checks_its_indices_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        dense, sparse = linear_pair()
+        x = torch.randn(3, 24)
+        torch.testing.assert_close(sparse(x), dense(x))
+        monkeypatch.setattr(indices, "check_indices", lambda *_: pytest.fail("checked again"))
+        torch.testing.assert_close(sparse(x), dense(x))
 
 
 def test_a_weight_read_by_f_linear_is_multiplied_and_any_other_reader_is_told() -> None:

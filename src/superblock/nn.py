@@ -33,8 +33,8 @@ class BSRWeight(nn.Module):
         trainable = weight.values.is_floating_point()
         values = feature_major(weight.values.detach()) if weight.values.device.type == "cpu" else weight.values.detach()
         self.values = nn.Parameter(values, requires_grad=trainable)
-        self.register_buffer("crow_indices", weight.crow_indices)
-        self.register_buffer("col_indices", weight.col_indices)
+        self.register_buffer("crow_indices", _counted(weight.crow_indices))
+        self.register_buffer("col_indices", _counted(weight.col_indices))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
 
     @property
@@ -71,6 +71,15 @@ class BSRWeight(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"blocksize=({bh}, {bw}), nnz={self.values.shape[0]}"
         )
+
+
+def _counted(index: Tensor) -> Tensor:
+    """The index as a tensor that counts its changes, also where a layer is built in inference mode.
+
+    One that does not would be checked again at every call, which takes longer than a small product.
+    """
+    with torch.inference_mode(False):
+        return index.clone() if index.is_inference() else index
 
 
 class _WeightRead:
