@@ -218,6 +218,20 @@ SB_API int sb_run_product(const sb_product *p) {
     return sb_parallel(p->threads, job.partition.tiles * job.partition.splits, product_item, &job);
 }
 
+SB_API int sb_run_rows(const sb_product *product, const sb_rows *rows) {
+    sb_product p = *product;
+    p.x = rows->x;
+    p.residual = rows->residual;
+    p.y = rows->y;
+    p.preactivation = rows->preactivation;
+    p.tokens = rows->tokens;
+    p.x_stride = rows->x_stride;
+    p.residual_stride = rows->residual_stride;
+    p.y_stride = p.weight.out_features;
+    p.threads = rows->threads;
+    return sb_run_product(&p);
+}
+
 typedef struct {
     const sb_feed_forward *ff;
     sb_layer first, second;
