@@ -56,6 +56,26 @@ def test_products_match_the_reference(leading, out, in_, block, dtype, packed) -
     )
 
 
+# Beyond 8 MB results are written around the caches; beyond 1 MB weights are fetched ahead of their use.
+LARGE = [(2900, 768, 40, (24, 8)), (2900, 768, 64, (16, 16)), (2900, 768, 64, (64, 64)), (75, 1024, 1024, (64, 32))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "out", "in_", "block"), LARGE)
+def test_large_results_and_weights(tokens, out, in_, block, dtype) -> None:
+    values, crow, col = random_weight(out, in_, block, dtype)
+    x, bias, residual = (
+        torch.randn(tokens, in_).to(dtype),
+        torch.randn(out).to(dtype),
+        torch.randn(tokens, out).to(dtype),
+    )
+    for added in (None, residual):
+        y = cpu.linear(x, values, crow, col, bias, added, out, in_, "none")
+        z = None if added is None else added.double()
+        wide = reference.linear(x.double(), values.double(), crow, col, bias.double(), z, out, in_, "none")
+        assert_near(y, wide)
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_strided_rows_and_either_index_type(index_dtype: torch.dtype) -> None:
     values, crow, col = random_weight(48, 64, (16, 16))

@@ -19,6 +19,13 @@ typedef struct {
     int64_t acc_stride;
     char *target; /* what the epilogue will write: `target_bytes` a token, fetched while the tile multiplies */
     int64_t target_stride, target_bytes;
+    const char *ahead; /* fetched into L2 meanwhile, for later tiles: `ahead_lines` a chunk */
+    int64_t ahead_lines;
+    /* Of float32 tiles of whole vectors, all zero otherwise: results that need no epilogue, acc[m][n] = bias[n] + the sum
+     * + residual[m][n], for `groups` of tokens one after the other. */
+    const float *bias, *residual; /* residual may be NULL */
+    int64_t groups, group_bytes, residual_stride; /* group_bytes: of packed tokens */
+    int32_t stream;                               /* write around the caches */
 } sb_tile;
 
 /* y = act(acc + bias) + residual for a tile, or act(acc + bias + residual); or, with `packed`, into the packed activations of a next product. */

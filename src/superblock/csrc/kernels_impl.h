@@ -68,21 +68,32 @@ static void pack(int dtype, const void *const *rows, int64_t group, int64_t feat
     else pack_chunks(32, dtype, rows, group, features, padded, packed);
 }
 
-/* Outputs n to `end`, at most a vector, of token m as packed activations of the next product. */
-SB_INLINE void store_packed(int dtype, void *packed, int64_t group, int64_t chunk, int64_t m, int64_t n, int64_t end,
-                            vec v) {
-    enum { STEP = SB_LANES < SB_CHUNK ? SB_LANES : SB_CHUNK };
+/* A vector of outputs of every token, from column n of the panel on, as packed activations of the next product: in runs
+ * of `step` lanes, as many as the chunks there allow. Where a run lies does not depend on the token but for one product. */
+SB_INLINE void pack_column(int dtype, int activation, const int step, const float *bias, const sb_epilogue *e, int64_t n) {
+    const sb_epilogue l = *e;
     const int out = SB_DOT(dtype) ? dtype : SB_FLOAT32;
-    if (chunk % SB_LANES == 0 && n % SB_LANES == 0 && n + SB_LANES <= end) {
-        store_as(out, packed, ((n & -chunk) * group + m * chunk) + (n & (chunk - 1)), v);
-        return;
+    const int64_t size = out == SB_FLOAT32 ? 4 : 2, left = l.packed_columns - n;
+    char *runs[SB_LANES];
+    SB_UNROLL for (int i = 0; i < SB_LANES; i += step) {
+        const int64_t column = l.packed_from + n + i;
+        runs[i] = (char *)l.packed + ((column & -l.chunk) * l.group + (column & (l.chunk - 1))) * size;
     }
-    float lanes[SB_LANES];
-    store_as(out, lanes, 0, v);
-    for (int64_t i = 0; i < SB_LANES && n + i < end; i += STEP) {
-        const int64_t index = ((n + i) & -chunk) * group + m * chunk + ((n + i) & (chunk - 1));
-        if (out == SB_FLOAT32) memcpy((float *)packed + index, lanes + i, STEP * 4);
-        else memcpy((uint16_t *)packed + index, (uint16_t *)lanes + i, STEP * 2);
+    const vec start = load(bias + n);
+    for (int64_t m = 0; m < l.rows; m++) {
+        char lanes[SB_LANES * sizeof(float)];
+        store_as(out, lanes, 0, activate(activation, load(l.acc + m * l.acc_stride + n) + start));
+        SB_UNROLL for (int i = 0; i < SB_LANES; i += step)
+            if (i < left) memcpy(runs[i] + m * l.chunk * size, lanes + i * size, (size_t)(step * size));
+    }
+}
+
+SB_INLINE void pack_results(int dtype, int activation, const float *bias, const sb_epilogue *e) {
+    enum { SHORT = SB_LANES < SB_CHUNK ? SB_LANES : SB_CHUNK };
+    for (int64_t n = 0; n < e->packed_columns; n += SB_LANES) {
+        const int whole = e->chunk % SB_LANES == 0 && (e->packed_from + n) % SB_LANES == 0;
+        if (whole && n + SB_LANES <= e->packed_columns) pack_column(dtype, activation, SB_LANES, bias, e, n);
+        else pack_column(dtype, activation, SHORT, bias, e, n);
     }
 }
 
@@ -113,13 +124,7 @@ SB_INLINE void epilogue_of(int dtype, int activation, const sb_epilogue *e) {
     const int whole = e->columns == e->panel && e->panel % SB_LANES == 0;
     const int residual = !e->residual ? NO_RESIDUAL : e->residual_first ? RESIDUAL_FIRST : RESIDUAL_LAST;
     if (e->packed) {
-        const sb_epilogue l = *e;
-        for (int64_t m = 0; m < l.rows; m++)
-            for (int64_t n = 0; n < l.panel; n += SB_LANES) {
-                vec z = load(l.acc + m * l.acc_stride + n) + load(bias + n);
-                store_packed(dtype, l.packed, l.group, l.chunk, m, l.packed_from + n, l.packed_from + l.packed_columns,
-                             activate(activation, z));
-            }
+        pack_results(dtype, activation, bias, e);
     } else if (!whole) {
         epilogue_rows(dtype, activation, residual, e->preactivation != NULL, 0, 0, bias, e);
     } else if (e->preactivation) {

@@ -37,6 +37,7 @@ typedef struct {
     int64_t next_padded, next_size, next_chunk;
     int32_t activation, residual_first;
     int stream; /* y is too large to be worth a place in the caches */
+    const sb_layer *following; /* whose first weights come after these, to be fetched ahead; NULL: weights stay in L2 */
     const char *ahead_residual, *ahead_y; /* `group` dense rows to fetch meanwhile, for the next group; or NULL */
 } sb_target;
 

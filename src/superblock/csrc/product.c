@@ -9,10 +9,10 @@
 #endif
 #include <unistd.h>
 
-/* The packed tokens of a tile stay in L2 while weights and results stream past. Weights that would fit there too leave
- * it to be shared (3072 x 768 at 90 %, bfloat16, 2 MB of L2: 1.2 -> 1.0 ms); larger ones are read again for every tile,
- * so that larger tiles read them less often. */
-static int64_t tile_bytes(int64_t weight_bytes) {
+/* The packed tokens of a tile stay in L2 while weights and results stream past. Weights that would fit there too are to
+ * stay (3072 x 768 at 90 %, 2 MB of L2: in float32 7.0 ms with tiles of two fifths and 6.4 with a tenth, in bfloat16 1.2
+ * and 1.0 with a fifth); larger ones are read again for every tile, so that larger tiles read them less often. */
+static int64_t tile_bytes(const sb_layer *layer, int64_t weight_bytes) {
     static _Atomic int64_t known; /* asking takes microseconds in a virtual machine */
     int64_t l2 = atomic_load(&known);
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -20,7 +20,8 @@ static int64_t tile_bytes(int64_t weight_bytes) {
 #endif
     if (l2 <= 0) l2 = 1 << 20;
     atomic_store(&known, l2);
-    return weight_bytes < l2 / 2 ? l2 / 5 : l2 * 2 / 5;
+    if (weight_bytes >= l2 / 2) return l2 * 2 / 5;
+    return layer->packed_size == 4 ? l2 / 10 : l2 / 5;
 }
 
 typedef struct {
@@ -48,15 +49,14 @@ static void prefer_huge_pages(const sb_product *p) {
 }
 
 /* Groups of equal size, an equal number for every thread; when tokens are too few for that, the block rows are shared
- * out too. `bytes` is what a token takes of the tile. */
-static partition cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t weight_bytes, int64_t rows,
-                     int32_t threads) {
+ * out too. A token takes `bytes` of the tile, `tile` at most. */
+static partition cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads) {
     partition p = {.splits = 1};
     int64_t groups = sb_ceil_div(tokens, max_group);
     if (groups >= threads) groups = sb_ceil_div(groups, threads) * threads;
     p.group = sb_ceil_div(tokens, groups);
     groups = sb_ceil_div(tokens, p.group);
-    int64_t a_tile = sb_min(sb_max(tile_bytes(weight_bytes) / (p.group * bytes), 1), sb_max(groups / threads, 1));
+    int64_t a_tile = sb_min(sb_max(tile / (p.group * bytes), 1), sb_max(groups / threads, 1));
     p.tile = a_tile * p.group;
     p.tiles = sb_ceil_div(tokens, p.tile);
     if (p.tiles < 2 * threads && p.tiles % threads) p.splits = sb_min(4 * threads, rows);
@@ -137,6 +137,10 @@ static sb_target target_of(const sb_product *p, int64_t start, int64_t tokens, i
     };
 }
 
+/* Weights that L2 does not hold beside the tokens come from L3 for every tile of tokens: fetched ahead, the next strip's
+ * arrive while this one multiplies (4096 -> 4096, float32, 50 %: 123 -> 151 GFLOP/s of one core). */
+enum { RESIDENT_BYTES = 1 << 20 };
+
 /* Streamed stores become visible to other threads in no order of their own. */
 static void finish_stores(void) {
 #if defined(__x86_64__)
@@ -158,6 +162,7 @@ typedef struct {
     sb_layer layer;
     partition partition;
     int by_group;
+    const sb_layer *following; /* as in sb_target */
 } product_job;
 
 /* All block rows of a group before the next group, whose lines are fetched meanwhile. */
@@ -192,6 +197,7 @@ static int product_item(const void *context, int64_t item) {
     pack_tile(layer, job->product, start, tokens, cut->group, scratch);
     sb_target target = target_of(job->product, start, tokens, cut->group);
     target.packed = scratch;
+    target.following = job->following;
     const int64_t first = split_row(layer, part, cut->splits), last = split_row(layer, part + 1, cut->splits);
     float *acc = (float *)(scratch + packed_bytes);
     if (job->by_group) run_by_group(layer, &target, first, last, acc);
@@ -200,13 +206,8 @@ static int product_item(const void *context, int64_t item) {
     return SB_OK;
 }
 
-/* A residual and y are passed through a panel's width at a time: while the weights stay in L2, going group by group keeps
- * those lines near (768 -> 3072, 90 %, 3152 tokens, float32, with a residual: 24 -> 17 ms), and fetching them in the
- * order in which they lie another part (128 -> 512 channels, 28 x 28, 16 images: 11.5 -> 8.4 ms). */
-enum { RESIDENT_BYTES = 1 << 20 };
-
-/* Products that are worth a thread of their own. A second one takes 2 us to begin and end (768 -> 768, 1 token, float32,
- * 90 %: 2.6 us on one thread, 4.6 on two; 8 tokens: 7.7 and 6.6). Paired weights are laid out by one thread and read by
+/* Multiply-adds that are worth a thread of their own. A second one takes 2 us to begin and end (768 -> 768, 1 token,
+ * float32, 90 %: 2.6 us on one thread, 4.6 on two; 8 tokens: 7.7 and 6.6). Paired weights are laid out by one thread and read by
  * the other (bfloat16 on AMX, 128 tokens: 30 and 36 us; 256: 53 and 48). A build for tests may set the first to 1. */
 #ifndef SB_WORTH_A_THREAD
 #define SB_WORTH_A_THREAD (1 << 18)
@@ -220,6 +221,9 @@ static int32_t useful_threads(const sb_layer *layer, int64_t tokens, int32_t thr
     return (int32_t)sb_min(threads, sb_max(values * sb_max(tokens, 2) / least, 1));
 }
 
+/* A residual and y are passed through a panel's width at a time: while the weights stay in L2, going group by group keeps
+ * those lines near (768 -> 3072, 90 %, 3152 tokens, float32, with a residual: 24 -> 17 ms), and fetching them in the
+ * order in which they lie another part (128 -> 512 channels, 28 x 28, 16 images: 11.5 -> 8.4 ms). */
 SB_API int sb_run_product(const sb_product *p) {
     if (!p->tokens) return SB_OK;
     product_job job = {.product = p};
@@ -228,7 +232,9 @@ SB_API int sb_run_product(const sb_product *p) {
     prefer_huge_pages(p);
     const int64_t bytes = job.layer.padded_in * job.layer.packed_size, weight_bytes = sb_layer_bytes(&job.layer);
     job.by_group = p->residual && weight_bytes <= RESIDENT_BYTES;
-    job.partition = cut(p->tokens, job.layer.max_group, bytes, weight_bytes, job.layer.rows, threads);
+    job.following = weight_bytes > RESIDENT_BYTES ? &job.layer : NULL;
+    job.partition = cut(p->tokens, job.layer.max_group, bytes, tile_bytes(&job.layer, weight_bytes), job.layer.rows,
+                        threads);
     const int status = arrange(&job.layer, NULL, threads);
     if (status != SB_OK) return status;
     return sb_parallel(threads, job.partition.tiles * job.partition.splits, product_item, &job);
@@ -252,6 +258,7 @@ typedef struct {
     const sb_feed_forward *ff;
     sb_layer first, second;
     partition partition;
+    int resident; /* L2 holds the weights of both beside the tokens */
 } feed_forward_job;
 
 static int feed_forward_item(const void *context, int64_t item) {
@@ -271,6 +278,7 @@ static int feed_forward_item(const void *context, int64_t item) {
     if (covered < second->padded_in) memset(hidden, 0, hidden_bytes); /* features only the second's blocks reach */
     sb_target inner = target_of(p, 0, tokens, cut->group);
     inner.packed = x;
+    inner.following = job->resident ? NULL : second;
     inner.next = hidden;
     inner.next_padded = second->padded_in;
     inner.next_size = second->packed_size;
@@ -278,6 +286,7 @@ static int feed_forward_item(const void *context, int64_t item) {
     sb_layer_run(first, &inner, 0, first->rows, acc);
     sb_target outer = target_of(&job->ff->second, start, tokens, cut->group);
     outer.packed = hidden;
+    outer.following = job->resident ? NULL : first;
     sb_layer_run(second, &outer, 0, second->rows, acc);
     finish_stores();
     return SB_OK;
@@ -290,8 +299,10 @@ SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
     sb_layer_init(&job.second, &ff->second.weight, ff->first.dtype, ff->first.tokens);
     prefer_huge_pages(&ff->second);
     const int64_t bytes = (job.first.padded_in + job.second.padded_in) * job.first.packed_size;
+    const int64_t weight_bytes = sb_layer_bytes(&job.first) + sb_layer_bytes(&job.second);
+    job.resident = weight_bytes <= RESIDENT_BYTES;
     job.partition = cut(ff->first.tokens, sb_min(job.first.max_group, job.second.max_group), bytes,
-                        sb_layer_bytes(&job.first) + sb_layer_bytes(&job.second), 1, ff->first.threads);
+                        tile_bytes(&job.first, weight_bytes), 1, ff->first.threads);
     const int status = arrange(&job.first, &job.second, ff->first.threads);
     if (status != SB_OK) return status;
     return sb_parallel(ff->first.threads, job.partition.tiles, feed_forward_item, &job);

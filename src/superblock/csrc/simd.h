@@ -47,6 +47,25 @@ SB_INLINE vec load(const float *p) {
 }
 SB_INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
+/* sum + a * b in the register of the sum: left to itself, gcc lets the result take over a factor's register and, with 28
+ * sums, spills ten of them. A factor used once is read from memory by the product itself. */
+SB_INLINE vec accumulate(vec sum, vec a, vec b) {
+#if SB_LANES == 16
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+#else
+    return sum + a * b;
+#endif
+}
+SB_INLINE vec accumulate_splat(vec sum, vec a, const float *b) {
+#if SB_LANES == 16
+    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
+    return sum;
+#else
+    return sum + a * splat(*b);
+#endif
+}
+
 SB_INLINE vec from_bfloat16(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
 
 #ifdef SB_DOT_BFLOAT16

@@ -26,6 +26,20 @@ SB_INLINE void store_sums(const int half, float *out, vec sums) {
     else store(out, sums);
 }
 
+/* The sums of a tile, or finished results, to where they belong. */
+SB_INLINE void store_tile(const int vectors, const int group, const int half, const sb_tile *t, float *out,
+                          const float *residual, vec sums[][4]) {
+    const int64_t stride = t->acc_stride, step = t->residual_stride;
+    const int stream = t->stream;
+    SB_UNROLL for (int m = 0; m < group; m++)
+        SB_UNROLL for (int v = 0; v < vectors; v++) {
+            if (residual) sums[m][v] += load(residual + m * step + v * SB_LANES);
+            if (half) store_sums(half, out + m * stride, sums[m][v]);
+            else if (stream) stream_as(SB_FLOAT32, out + m * stride, v * SB_LANES, sums[m][v]);
+            else store(out + m * stride + v * SB_LANES, sums[m][v]);
+        }
+}
+
 /* Few accumulators would wait for the multiply-add's latency: split them over features. */
 #define SB_SPLIT(vectors, group) ((vectors) * (group) >= 8 ? 1 : (vectors) * (group) >= 4 ? 2 : 4)
 
@@ -34,41 +48,65 @@ SB_INLINE void fetch_chunk(const char *chunk, const int bytes) {
     SB_UNROLL for (int at = 0; at < bytes; at += 64) __builtin_prefetch(chunk + at, 0);
 }
 
-SB_INLINE void tile_widened(int dtype, const int vectors, const int group, const int half, const sb_tile *t) {
-    enum { SPLIT_MAX = 4 };
+/* sums[0]: of one group, from `start`. Returns how far what is fetched ahead has come. */
+SB_INLINE const char *multiply_widened(int dtype, const int vectors, const int group, const int half, const sb_tile *t,
+                                       const float *packed, const float *later, const char *ahead, const vec start[4],
+                                       vec sums[][SB_MAX_GROUP][4]) {
     const int split = SB_SPLIT(vectors, group);
-    vec acc[SPLIT_MAX][SB_MAX_GROUP][4];
     SB_UNROLL for (int s = 0; s < split; s++)
         SB_UNROLL for (int m = 0; m < group; m++)
-            SB_UNROLL for (int v = 0; v < vectors; v++) acc[s][m][v] = splat(0.0f);
+            SB_UNROLL for (int v = 0; v < vectors; v++) sums[s][m][v] = s ? splat(0.0f) : start[v];
     const size_t size = dtype == SB_FLOAT32 ? 4 : 2;
     const ptrdiff_t row = t->row_stride;
     for (int64_t b = 0; b < t->blocks; b++) {
         const char *w = (const char *)t->w + (size_t)((t->ids ? t->ids[b] : b) * t->block_stride) * size;
-        const float *x = (const float *)t->x + t->cols[b] * t->chunks * group * SB_CHUNK;
-        const float *next = (const float *)t->x + t->cols[b + 1 < t->blocks ? b + 1 : 0] * t->chunks * group * SB_CHUNK;
+        const float *x = packed + t->cols[b] * t->chunks * group * SB_CHUNK;
+        const int last = b + 1 == t->blocks;
+        const float *next = (last ? later : packed) + t->cols[last ? 0 : b + 1] * t->chunks * group * SB_CHUNK;
         for (int64_t c = 0; c < t->chunks; c++) {
             fetch_chunk((const char *)next, group * SB_CHUNK * 4);
             next += group * SB_CHUNK;
+            for (int64_t line = 0; line < t->ahead_lines; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
             SB_UNROLL for (int k = 0; k < SB_CHUNK; k++) {
                 vec weights[4];
                 SB_UNROLL for (int v = 0; v < vectors; v++)
                     weights[v] = load_weights(dtype, w, v * SB_LANES, half);
                 SB_UNROLL for (int m = 0; m < group; m++) {
-                    vec token = splat(x[m * SB_CHUNK + k]);
-                    SB_UNROLL for (int v = 0; v < vectors; v++) acc[k % split][m][v] += token * weights[v];
+                    const float *token = x + m * SB_CHUNK + k;
+                    vec *sum = sums[k % split][m];
+                    if (vectors == 1) {
+                        *sum = accumulate_splat(*sum, weights[0], token);
+                        continue;
+                    }
+                    vec all = splat(*token);
+                    SB_UNROLL for (int v = 0; v < vectors; v++) sum[v] = accumulate(sum[v], all, weights[v]);
                 }
                 w += row * (ptrdiff_t)size;
             }
             x += group * SB_CHUNK;
         }
     }
-    SB_UNROLL for (int m = 0; m < group; m++)
-        SB_UNROLL for (int v = 0; v < vectors; v++) {
-            vec sum = acc[0][m][v];
-            SB_UNROLL for (int s = 1; s < split; s++) sum += acc[s][m][v];
-            store_sums(half, t->acc + m * t->acc_stride + v * SB_LANES, sum);
-        }
+    SB_UNROLL for (int s = 1; s < split; s++)
+        SB_UNROLL for (int m = 0; m < group; m++)
+            SB_UNROLL for (int v = 0; v < vectors; v++) sums[0][m][v] += sums[s][m][v];
+    return ahead;
+}
+
+SB_INLINE void tile_widened(int dtype, const int vectors, const int group, const int half, const sb_tile *t) {
+    enum { SPLIT_MAX = 4 };
+    vec sums[SPLIT_MAX][SB_MAX_GROUP][4], start[4];
+    SB_UNROLL for (int v = 0; v < vectors; v++) start[v] = t->bias ? load(t->bias + v * SB_LANES) : splat(0.0f);
+    const char *x = t->x, *ahead = t->ahead;
+    float *out = t->acc;
+    const float *residual = t->residual;
+    int64_t left = t->groups;
+    do {
+        ahead = multiply_widened(dtype, vectors, group, half, t, (const float *)x, (const float *)(x + t->group_bytes), ahead, start, sums);
+        store_tile(vectors, group, half, t, out, residual, sums[0]);
+        x += t->group_bytes;
+        out += group * t->acc_stride;
+        residual = residual ? residual + group * t->residual_stride : NULL;
+    } while (--left > 0);
 }
 
 #ifdef SB_DOT_BFLOAT16
@@ -180,8 +218,9 @@ typedef void (*tile_fn)(const sb_tile *);
 #define SB_GROUPS_12(each, v, h)                                                                                 \
     SB_GROUPS_6(each, v, h)                                                                                      \
     each(v, 7, h) each(v, 8, h) each(v, 9, h) each(v, 10, h) each(v, 11, h) each(v, 12, h)
+#define SB_GROUPS_14(each, v, h) SB_GROUPS_12(each, v, h) each(v, 13, h) each(v, 14, h)
 #define SB_GROUPS_28(each, v, h)                                                                                 \
-    SB_GROUPS_12(each, v, h)                                                                                     \
-    each(v, 13, h) each(v, 14, h) each(v, 15, h) each(v, 16, h) each(v, 17, h) each(v, 18, h) each(v, 19, h)     \
+    SB_GROUPS_14(each, v, h)                                                                                     \
+    each(v, 15, h) each(v, 16, h) each(v, 17, h) each(v, 18, h) each(v, 19, h)     \
     each(v, 20, h) each(v, 21, h) each(v, 22, h) each(v, 23, h) each(v, 24, h) each(v, 25, h) each(v, 26, h)     \
     each(v, 27, h) each(v, 28, h)
