@@ -20,8 +20,7 @@ from harness import parser, prepare, random_matrix, verify, write
 
 from superblock import bsr_linear
 from superblock.nn import BSRLinear
-from superblock.ops import cpu, native
-from superblock.ops.arguments import product_of
+from superblock.ops import cpu, native, prepared
 
 CALLS = 500
 
@@ -48,9 +47,10 @@ def case(args: argparse.Namespace) -> dict[str, float]:
         bias = torch.randn(width)
         layer = BSRLinear(matrix, bias).eval()
     dense, x = matrix.to_dense(), torch.randn(args.tokens, width)
-    tensors = matrix.values, matrix.crow_indices, matrix.col_indices, bias, None, width, width, "none"
-    product, y = product_of(*tensors), torch.empty(args.tokens, width)
-    product.x, product.x_stride, product.tokens = x.data_ptr(), width, args.tokens
+    weight = matrix.values, matrix.crow_indices, matrix.col_indices, bias
+    product = prepared.product_of(prepared.prepare(*weight, (width, width), "none"), args.tokens, None)
+    y, tensors = torch.empty(args.tokens, width), (*weight, None, width, width, "none")
+    product.x, product.x_stride = x.data_ptr(), width
     product.y, product.y_stride = y.data_ptr(), width
     ways: dict[str, Callable[[], object]] = {
         "native call": partial(native.library().sb_run_product, ctypes.byref(product)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from superblock.bsr import BSRMatrix
 from superblock.errors import ConfigError, MatrixError
 from superblock.nn import BSRLinear
-from superblock.ops import arguments, cpu, direct, reference
+from superblock.ops import cpu, direct, prepared, reference
 
 pytestmark = needs_core
 
@@ -114,13 +115,73 @@ def test_replaced_tensors_are_seen(layer: BSRLinear) -> None:
 
 
 @torch.no_grad()
+def test_what_is_negated_only_when_it_is_read_is_read_so(layer: BSRLinear) -> None:
+    x = torch.randn(5, 32)
+    want = expected(layer, x)
+    torch.testing.assert_close(layer(torch._neg_view(-x)), want)
+    layer.values.data = torch._neg_view(-layer.values.data)
+    layer.bias.data = torch._neg_view(-layer.bias.data)
+    torch.testing.assert_close(layer(x), want)
+
+
+@torch.no_grad()
+def test_changed_indices_are_seen() -> None:
+    crow, col = torch.arange(4), torch.tensor([0, 1, 0])  # One block a row.
+    layer, x = BSRLinear(BSRMatrix(crow, col, torch.randn(3, 16, 16), (48, 32)), torch.randn(48)), torch.randn(5, 32)
+    layer(x)
+    layer.col_indices.copy_(1 - layer.col_indices)
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    layer.col_indices.data = 1 - layer.col_indices
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    layer.crow_indices, layer.col_indices = crow.int(), torch.tensor([1, 1, 1], dtype=torch.int32)
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    layer.col_indices[0] = 2
+    with pytest.raises(MatrixError, match=r"col_indices must be in \[0, 2\)"):
+        layer(x)
+
+
+@torch.no_grad()
+def test_parameters_may_be_parametrized_or_plain_tensors(layer: BSRLinear) -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, bias: torch.Tensor) -> torch.Tensor:
+            return 2 * bias
+
+    x = torch.randn(5, 32)
+    bias = layer.bias.clone()
+    without = layer(x) - bias
+    given = {"values": 3 * layer.values, "bias": 4 * bias}
+    torch.testing.assert_close(torch.func.functional_call(layer, given, x), 3 * without + 4 * bias)
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Twice())
+    torch.testing.assert_close(layer(x), without + 2 * bias)
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "bias")
+    for name in ("values", "bias"):
+        value = getattr(layer, name).data
+        delattr(layer, name)
+        setattr(layer, name, value)
+    torch.testing.assert_close(layer(x), without + 2 * bias)
+
+
+def test_threads_share_what_is_prepared(layer: BSRLinear) -> None:
+    inputs = [torch.randn(tokens, 32) for tokens in range(1, 65)]
+
+    @torch.no_grad()
+    def repeated(x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for _ in range(20)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for x, results in zip(inputs, pool.map(repeated, inputs), strict=True):
+            for y in results:
+                torch.testing.assert_close(y, expected(layer, x))
+
+
+@torch.no_grad()
 def test_nothing_is_kept_of_a_dead_layer(layer: BSRLinear) -> None:
-    before = len(arguments._templates)
+    before = len(prepared._memory)
     other = copy.deepcopy(layer)
     other(torch.randn(5, 32))
-    assert len(arguments._templates) == before + 1
+    assert len(prepared._memory) == before + 1
     del other
-    assert len(arguments._templates) == before
+    assert len(prepared._memory) == before
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def test_a_forked_child_multiplies() -> None:
 @needs_core
 def test_python_threads_and_models_side_by_side() -> None:
     torch.set_num_threads(2)
-    layers = [(random_weight(96, 64, (16, 16)), torch.randn(200 + i, 64)) for i in range(4)]
+    layers = [(random_weight(96, 64, (16, 16)), torch.randn(500 + i, 64)) for i in range(4)]
 
     def run(i: int) -> torch.Tensor:
         (values, crow, col), x = layers[i]

@@ -140,7 +140,9 @@ static int check(int round) {
         .tokens = tokens, .x_stride = in, .y_stride = out, .residual_stride = out,
         .dtype = dtype, .activation = activation, .threads = 2,
     };
-    int bad = sb_run_product(&p) != SB_OK;
+    const sb_rows given = {x, residual, y, NULL, tokens, in, out, 2};
+    const sb_product prepared = {.weight = p.weight, .bias = bias, .dtype = dtype, .activation = activation};
+    int bad = (round & 4 ? sb_run_rows(&prepared, &given) : sb_run_product(&p)) != SB_OK;
     sb_sampled s = {p.weight, residual, x, tokens, out, in, dtype, 2};
     s.weight.values = gradient;
     bad |= sb_run_sampled(&s) != SB_OK;

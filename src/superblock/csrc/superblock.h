@@ -43,6 +43,14 @@ typedef struct {
     int32_t residual_first; /* y = act(z + residual), as residual networks have it, not act(z) + residual */
 } sb_product;
 
+/* What changes from call to call of one product, with the meaning it has there; y is dense. */
+typedef struct {
+    const void *x, *residual;
+    void *y, *preactivation;
+    int64_t tokens, x_stride, residual_stride;
+    int32_t threads;
+} sb_rows;
+
 /* Two products whose hidden activations stay in the core's cache. */
 typedef struct {
     sb_product first; /* y is ignored */
@@ -76,6 +84,8 @@ typedef struct {
 } sb_attention;
 
 SB_API int sb_run_product(const sb_product *product);
+/* `product`, which may serve many threads at once, of these rows. */
+SB_API int sb_run_rows(const sb_product *product, const sb_rows *rows);
 SB_API int sb_run_feed_forward(const sb_feed_forward *ff);
 SB_API int sb_run_sampled(const sb_sampled *sampled);
 SB_API int sb_run_activation_gradient(const sb_gradient *gradient);

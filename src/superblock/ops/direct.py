@@ -6,12 +6,24 @@ autocast, traces, modes and transforms; where there is none of those, the core i
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import (
+    _functorch,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
-from superblock.ops import native
-from superblock.ops.backends import select
+from superblock.errors import BackendError
+from superblock.ops.cpu import multiply
+from superblock.ops.native import ACTIVATIONS
+from superblock.ops.prepared import prepare
+
+_peek_interpreter_stack = _functorch.peek_interpreter_stack
 
 
 def product(
@@ -28,24 +40,25 @@ def product(
     Raises:
         MatrixError: shapes, dtypes or devices do not fit.
     """
-    if not x.is_cpu or type(x) is not Tensor or not x.dim() or _observed() or activation not in native.ACTIVATIONS:
-        return None
-    backend = select("cpu", x.dtype, *values.shape[1:])
-    if backend.__name__ != "superblock.ops.cpu":
-        return None
-    y: Tensor = backend.linear(x, values, crow_indices, col_indices, bias, None, *shape, activation)
-    return y
-
-
-def _observed() -> bool:
-    core = torch._C
-    return (
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or core._get_tracing_state() is not None
-        or core._len_torch_dispatch_stack() > 0
-        or core._len_torch_function_stack() > 0
-        or core._functorch.peek_interpreter_stack() is not None
+    if (
+        is_dynamo_compiling()
+        or is_grad_enabled()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or core._autograd._profiler_enabled()
-    )
+        or _profiler_enabled()
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or x.is_neg()
+        or not x.dim()
+        or activation not in ACTIVATIONS
+    ):
+        return None
+    try:
+        prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
+    except BackendError:  # Another backend takes it, or the long way says what is wrong.
+        return None
+    return multiply(x, prepared)

@@ -22,6 +22,7 @@ class Indices:
     crow: Tensor
     cols: Tensor
     block_columns: int
+    sources: tuple[Tensor, ...] = ()  # What they were made of, whose addresses no other tensor may take.
 
     @cached_property
     def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,5 +96,5 @@ def _derive(crow: Tensor, col: Tensor, nnz: int, block_rows: int, block_columns:
                 f"got {tuple(index.shape)} of {index.dtype} on {index.device}"
             )
     check_indices(crow, col, block_columns)
-    # A view of the same memory, or a copy: either keeps alive what it points to.
-    return Indices(crow.detach().int().contiguous(), col.detach().int().contiguous(), block_columns)
+    crow, col = crow.detach(), col.detach()
+    return Indices(crow.int().contiguous(), col.int().contiguous(), block_columns, (crow, col))

@@ -80,7 +80,7 @@ def product(
     residual: Tensor | None = None,
 ) -> Tensor:
     """:func:`bsr_linear` on a matrix's own tensors, whose layout the caller has validated."""
-    if residual is None and not torch.compiler.is_compiling():
+    if residual is None:
         y = direct.product(x, values, crow_indices, col_indices, bias, shape, activation)
         if y is not None:
             return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from importlib import metadata
@@ -15,6 +16,7 @@ from superblock.errors import BackendError
 
 LIBRARY = "libsuperblock.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MULTIPLE = 8  # Of block sides.
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 ISA_VARIABLE = "SUPERBLOCK_CPU_ISA"
 MEND = "install a C compiler (gcc or clang) and reinstall superblock"
@@ -47,6 +49,8 @@ Product = _structure(
     ("tokens x_stride y_stride residual_stride", "int64"),
     ("dtype activation threads residual_first", "int32"),
 )
+# ``sb_rows``, as bytes: filled in at once, where a structure takes as long for every field.
+pack_rows = struct.Struct("4P3qi4x").pack
 FeedForward = _structure("FeedForward", ("first", Product), ("second", Product))
 Sampled = _structure(
     "Sampled",
@@ -116,6 +120,7 @@ def library() -> ctypes.CDLL:
         ("sb_run_attention", Attention),
     ):
         getattr(core, name).argtypes = [POINTER(structure)]
+    # Without argtypes: what checks them takes longer than all else of a call. Both arguments are pointers as they are.
     core.sb_available.restype = core.sb_current_name.restype = c_char_p
     core.sb_run_peak.argtypes, core.sb_run_peak.restype = [c_int32, c_int64, c_int32], c_double
     core.sb_select.argtypes = [c_char_p]
@@ -123,6 +128,18 @@ def library() -> ctypes.CDLL:
     os.register_at_fork(after_in_child=core.sb_disable_threads)
     _choose(core, os.environ.get(ISA_VARIABLE))
     return core
+
+
+def unsupported(dtype: torch.dtype, block_height: int, block_width: int) -> str | None:
+    """Why a case goes to the reference: said by ``superblock info``."""
+    if dtype not in DTYPES:
+        return f"the native core multiplies float32, bfloat16 and float16, not {dtype}"
+    if block_height % MULTIPLE or block_width % MULTIPLE or not block_height or not block_width:
+        return f"the native core takes block sides that are multiples of {MULTIPLE}, not {block_height} × {block_width}"
+    reason = missing()
+    if reason is None:
+        library()  # Raises when it lacks what SUPERBLOCK_CPU_ISA asks for: nothing falls back silently.
+    return reason
 
 
 def available() -> list[str]:

@@ -1,0 +1,120 @@
+"""Products of the native core, checked once and remembered for as long as nothing that was checked changes."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from superblock.errors import BackendError, MatrixError
+from superblock.ops import native
+from superblock.ops.arguments import dense_blocks, indices_for, residual_rows, weight_of
+from superblock.ops.indices import Indices
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A product that lacks only its rows: one structure for all calls, from any thread."""
+
+    product: ctypes.Structure
+    run: Callable[[bytes], int]  # With the rows that `native.pack_rows` makes.
+    dtype: torch.dtype
+    out_features: int
+    in_features: int
+    indices: Indices
+    copies: tuple[Tensor, ...] = ()  # What the product points to that is not a tensor of the caller.
+
+
+# By id of the values, for as long as they live: what was true of the tensors, both indices, and what was prepared.
+_memory: dict[int, tuple[tuple[object, ...], Tensor, Tensor, Prepared, weakref.ref[Tensor]]] = {}
+
+
+def prepare(
+    values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, shape: tuple[int, int], activation: str
+) -> Prepared:
+    """``act(x Wᵀ + b)`` for any ``x``: checked again when anything changed that a product holds of its tensors.
+
+    Values and bias are read in place, so that only the indices' versions matter.
+
+    Raises:
+        MatrixError: shapes, dtypes or devices do not fit.
+        BackendError: the native core does not take such a weight.
+    """
+    try:
+        state = (
+            values.data_ptr(), values.shape, values.stride(), values.dtype,
+            crow.data_ptr(), crow._version, col.data_ptr(), col._version, shape, activation,
+            None if bias is None else (bias.data_ptr(), bias.numel(), bias.is_contiguous(), bias.dtype),
+        )  # fmt: skip
+    except RuntimeError:  # Inference tensors count no versions, meta tensors have no data: checked every time.
+        return _build(values, crow, col, bias, shape, activation)
+    name = id(values)
+    found = _memory.get(name)
+    if found is not None and found[0] == state and found[1] is crow and found[2] is col:
+        return found[3]
+    prepared = _build(values, crow, col, bias, shape, activation)
+    if not prepared.copies:
+        _memory[name] = state, crow, col, prepared, weakref.ref(values, lambda _: _memory.pop(name, None))
+    return prepared
+
+
+def _build(
+    values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, shape: tuple[int, int], activation: str
+) -> Prepared:
+    if values.dim() != 3 or not values.is_cpu:
+        raise MatrixError(f"values must be [nnz, bh, bw] on cpu, got {tuple(values.shape)} on {values.device}")
+    reason = native.unsupported(values.dtype, *values.shape[1:])
+    if reason is not None:
+        raise BackendError(reason)
+    blocks = dense_blocks(values)
+    indices = indices_for(blocks, crow, col, *shape)
+    product = native.Product(dtype=native.DTYPES[values.dtype], activation=native.ACTIVATIONS[activation])
+    product.weight = weight_of(blocks, indices, *shape)
+    copies: tuple[Tensor, ...] = () if blocks is values else (blocks,)
+    if bias is not None:
+        if bias.shape != shape[:1] or bias.dtype != values.dtype or not bias.is_cpu:
+            raise MatrixError(
+                f"bias must be [{shape[0]}] of {values.dtype} on cpu, "
+                f"got {tuple(bias.shape)} of {bias.dtype} on {bias.device}"
+            )
+        dense = bias.resolve_neg().contiguous()
+        copies += () if dense is bias else (dense,)
+        product.bias = dense.data_ptr()
+    return Prepared(product, _runner(product), values.dtype, *shape, indices, copies)
+
+
+def _runner(product: ctypes.Structure) -> Callable[[bytes], int]:
+    return partial(native.library().sb_run_rows, ctypes.byref(product))
+
+
+def transposed(prepared: Prepared) -> Prepared:
+    """The product with the transposed weight, over the same values, without bias and activation."""
+    weight, (crow, cols, ids) = prepared.product.weight, prepared.indices.transposed
+    product = native.Product(dtype=prepared.product.dtype)
+    product.weight = native.Weight(
+        weight.values, crow.data_ptr(), cols.data_ptr(), ids.data_ptr(), weight.in_features, weight.out_features,
+        weight.block_in, weight.block_out, weight.in_stride, weight.out_stride, weight.block_stride,
+    )  # fmt: skip
+    return replace(
+        prepared,
+        product=product,
+        run=_runner(product),
+        out_features=prepared.in_features,
+        in_features=prepared.out_features,
+    )
+
+
+def product_of(prepared: Prepared, tokens: int, residual: Tensor | None) -> ctypes.Structure:
+    """A product of so many tokens for the caller to complete. Its ``alive`` keeps what it points to."""
+    product = native.Product.from_buffer_copy(prepared.product)
+    product.tokens, product.threads = tokens, torch.get_num_threads()
+    if residual is not None:
+        residual = residual_rows(residual, tokens, prepared.out_features, prepared.dtype)
+        product.residual, product.residual_stride = residual.data_ptr(), residual.stride(0)
+    product.alive = prepared, residual
+    return product
