@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import superblock.ops.feed_forward  # noqa: F401  Registers the op.
 from superblock.fuse import comes_from, watched
 from superblock.nn import BSRLinear
+from superblock.normalized import norm_of
 
 
 def fuse_feed_forward(model: nn.Module) -> None:
@@ -32,16 +33,19 @@ def fuse_feed_forward(model: nn.Module) -> None:
 class FeedForwardSequential(nn.Sequential):
     """A sequence in which two block-sparse layers that follow one another run as one."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
+        steps = [child for child in self if not passes(child)]
+        chained = not self.training and len(steps) > 1 and chains(steps[0], steps[1])
+        if norm is not None and not chained:
+            x, norm = norm(x), None
         if self.training:
             y: Tensor = super().forward(x)
             return y if residual is None else y + residual
-        steps = [child for child in self if not passes(child)]
         while steps:
             if len(steps) > 1 and chains(steps[0], steps[1]):
                 last = residual if len(steps) == 2 else None
-                x = feed_forward(x, steps[0], steps[1], last)  # type: ignore[arg-type]
-                residual = None if len(steps) == 2 else residual
+                x = feed_forward(x, steps[0], steps[1], last, norm)  # type: ignore[arg-type]
+                residual, norm = None if len(steps) == 2 else residual, None
                 steps = steps[2:]
             else:
                 x = steps.pop(0)(x)
@@ -51,20 +55,25 @@ class FeedForwardSequential(nn.Sequential):
 class FeedForwardMlp(nn.Module):
     """timm's ``Mlp`` after its activation has moved into its first layer."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
         idle = (self.act, self.drop1, self.norm, self.drop2)
         if not self.training and chains(self.fc1, self.fc2) and passes(*idle):
-            return feed_forward(x, self.fc1, self.fc2, residual)  # type: ignore[arg-type]
+            return feed_forward(x, self.fc1, self.fc2, residual, norm)  # type: ignore[arg-type]
+        x = x if norm is None else norm(x)
         hidden = self.norm(self.drop1(self.act(self.fc1(x))))  # type: ignore[operator]
         y: Tensor = self.drop2(self.fc2(hidden))  # type: ignore[operator]
         return y if residual is None else y + residual
 
 
-def feed_forward(x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tensor | None = None) -> Tensor:
-    """``second(first(x)) + residual``, in one pass over the tokens where no gradient is asked for."""
+def feed_forward(
+    x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tensor | None = None, norm: nn.Module | None = None
+) -> Tensor:
+    """``second(first(norm(x))) + residual``, in one pass over the tokens where no gradient is asked for."""
     tensors = (x, first.values, second.values, residual)
     graded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     uniform = all(tensor is None or tensor.dtype == x.dtype for tensor in (*tensors, first.bias, second.bias))
+    inside = None if norm is None else norm_of(norm, x, first)
+    x = x if norm is None or inside is not None else norm(x)
     if graded or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not uniform:
         return second(first(x)) if residual is None else second.project(first(x), second.activation, residual)
     fused: Tensor = torch.ops.superblock.feed_forward(
@@ -78,6 +87,7 @@ def feed_forward(x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tenso
         second.col_indices,
         second.bias,
         residual,
+        *(inside or (None, None, None)),
         first.in_features,
         first.out_features,
         second.out_features,

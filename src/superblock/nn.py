@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import superblock.ops.normalized  # noqa: F401  Registers the op.
 from superblock.bsr import BSRMatrix, dense_of
 from superblock.errors import ModelError
+from superblock.ops.arguments import Norm as Norm
 from superblock.ops.attention import attention
 from superblock.ops.conv2d import bsr_conv2d
 from superblock.ops.convolution import dense_kernel
@@ -54,8 +56,10 @@ class BSRWeight(nn.Module):
         values = self.values if values is None else values
         return dense_of(values, self.crow_indices, self.col_indices, (self.out_features, self.in_features))
 
-    def project(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-        """``act(x Wᵀ + b) + residual``."""
+    def project(
+        self, x: Tensor, activation: str = "none", residual: Tensor | None = None, norm: Norm | None = None
+    ) -> Tensor:
+        """``act(norm(x) Wᵀ + b) + residual``; with a norm, without gradients and on the CPU alone."""
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
         try:  # Past nn.Module.__getattr__, which takes 0.4 µs for each.
@@ -63,7 +67,13 @@ class BSRWeight(nn.Module):
             crow, col = buffers["crow_indices"], buffers["col_indices"]
         except KeyError:  # Parametrized, or replaced by plain tensors.
             values, bias, crow, col = self.values, self.bias, self.crow_indices, self.col_indices
-        return product(x, values, crow, col, bias, (self.out_features, self.in_features), activation, residual)
+        shape = (self.out_features, self.in_features)
+        if norm is None:
+            return product(x, values, crow, col, bias, shape, activation, residual)
+        y: Tensor = torch.ops.superblock.bsr_linear_normalized(
+            x, *norm, values, crow, col, bias, residual, *shape, activation
+        )
+        return y
 
     def extra_repr(self) -> str:
         bh, bw = self.values.shape[1:]
@@ -232,7 +242,7 @@ class BSRMultiheadAttention(nn.Module):
 
     Takes and returns what the original does: ``query [n, l, e]`` (``[l, n, e]`` unless ``batch_first``, ``[l, e]``
     without a batch) → ``(output, attention weights or None)``. Either projection may also be a dense ``nn.Linear``.
-    A ``residual`` of the query's shape is added to the output.
+    A ``residual`` of the query's shape is added to the output; a ``norm`` is taken of what comes in.
     """
 
     # nn.TransformerEncoderLayer reads this: False keeps it from its fused kernel, which takes dense weights only.
@@ -264,9 +274,10 @@ class BSRMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
         residual: Tensor | None = None,
+        norm: Norm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         batched = query.dim() == 3
-        q, k, v = (self._batch_first(part, batched) for part in self._project(query, key, value))
+        q, k, v = (self._batch_first(part, batched) for part in self._project(query, key, value, norm))
         mask = self._mask(attn_mask, key_padding_mask, q.dtype, batched, len(q))
         dropout = self.dropout if self.training else 0.0
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
@@ -285,11 +296,19 @@ class BSRMultiheadAttention(nn.Module):
             return out.squeeze(0), weights
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all that is projected from the same tensor."""
-        q = self.in_proj(query).chunk(3, -1)
-        k = q if key is query else self.in_proj(key).chunk(3, -1)
-        v = k if value is key else q if value is query else self.in_proj(value).chunk(3, -1)
+
+        def project(x: Tensor) -> tuple[Tensor, ...]:
+            if norm is None:
+                parts: tuple[Tensor, ...] = self.in_proj(x).chunk(3, -1)
+                return parts
+            assert isinstance(self.in_proj, BSRLinear)  # By whoever passes a norm.
+            return self.in_proj.project(x, norm=norm).chunk(3, -1)
+
+        q = project(query)
+        k = q if key is query else project(key)
+        v = k if value is key else q if value is query else project(value)
         return q[0], k[1], v[2]
 
     def _project_out(self, heads: Tensor, residual: Tensor | None, batched: bool) -> Tensor:

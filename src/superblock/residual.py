@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from superblock.feed_forward import FeedForwardMlp, FeedForwardSequential, chains, feed_forward, passes
 from superblock.fuse import activation_name, comes_from, watched
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, FoldedBatchNorm
+from superblock.normalized import norm_of
 from superblock.ops.attention import attention
 
 _RESNETS = ("torchvision.models.resnet", "timm.models.resnet")
@@ -63,30 +64,29 @@ class ResidualEncoderBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
-        y = self.ln_1(input)  # type: ignore[operator]
         if not self.training and passes(self.dropout) and _adds(self.self_attention):
-            x = self.self_attention(y, y, y, need_weights=False, residual=input)[0]  # type: ignore[operator]
+            x = _attend(self.self_attention, self.ln_1, input)  # type: ignore[arg-type]
         else:
+            y = self.ln_1(input)  # type: ignore[operator]
             x = self.dropout(self.self_attention(y, y, y, need_weights=False)[0]) + input  # type: ignore[operator]
-        return _add_feed_forward(self.mlp, self.ln_2(x), x)  # type: ignore[operator,arg-type]
+        return _add_feed_forward(self.mlp, self.ln_2, x)  # type: ignore[arg-type]
 
 
 class ResidualBlock(nn.Module):
     """timm's ``Block``."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        y = self.norm1(x)  # type: ignore[operator]
         whole = attn_mask is None and not is_causal and not self.training and passes(self.ls1, self.drop_path1)
         if whole and _is_plain_attention(self.attn):  # type: ignore[arg-type]
-            x = _timm_attention(self.attn, y, x)  # type: ignore[arg-type]
+            x = _timm_attention(self.attn, self.norm1, x)  # type: ignore[arg-type]
         else:
+            y = self.norm1(x)  # type: ignore[operator]
             masks = {"attn_mask": attn_mask, "is_causal": is_causal or None}  # Older timms take fewer.
             options = {name: mask for name, mask in masks.items() if mask is not None}
             x = x + self.drop_path1(self.ls1(self.attn(y, **options)))  # type: ignore[operator]
-        y = self.norm2(x)  # type: ignore[operator]
         if not self.training and passes(self.ls2, self.drop_path2):
-            return _add_feed_forward(self.mlp, y, x)  # type: ignore[arg-type]
-        z: Tensor = x + self.drop_path2(self.ls2(self.mlp(y)))  # type: ignore[operator]
+            return _add_feed_forward(self.mlp, self.norm2, x)  # type: ignore[arg-type]
+        z: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # type: ignore[operator]
         return z
 
 
@@ -103,38 +103,36 @@ class ResidualEncoderLayer(nn.TransformerEncoderLayer):
         if self.training or not passes(self.dropout1) or not _adds(self.self_attn):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
-        def attend(x: Tensor, residual: Tensor) -> Tensor:
-            y: Tensor = self.self_attn(
-                x,
-                x,
-                x,
-                attn_mask=src_mask,
-                key_padding_mask=src_key_padding_mask,
-                need_weights=False,
-                residual=residual,
-            )[0]
-            return y
-
+        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask}
+        attention: BSRMultiheadAttention = self.self_attn  # type: ignore[assignment]
         if self.norm_first:
-            x = attend(self.norm1(src), src)
-            return self._add_feed_forward(self.norm2(x), x)
-        x = self.norm1(attend(src, src))
-        y: Tensor = self.norm2(self._add_feed_forward(x, x))
+            return self._add_feed_forward(_attend(attention, self.norm1, src, **masks), self.norm2)
+        x = self.norm1(_attend(attention, None, src, **masks))
+        y: Tensor = self.norm2(self._add_feed_forward(x, None))
         return y
 
-    def _add_feed_forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def _add_feed_forward(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """``feed_forward(norm(x)) + x``."""
         idle = isinstance(self.activation, nn.Identity) and passes(self.activation, self.dropout, self.dropout2)
         if idle and chains(self.linear1, self.linear2):
-            return feed_forward(x, self.linear1, self.linear2, residual)  # type: ignore[arg-type]
-        return residual + self._ff_block(x)
+            return feed_forward(x, self.linear1, self.linear2, x, norm)  # type: ignore[arg-type]
+        return x + self._ff_block(x if norm is None else norm(x))
 
 
-def _add_feed_forward(mlp: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """``mlp(x) + residual``."""
+def _attend(attention: BSRMultiheadAttention, norm: nn.Module | None, x: Tensor, **masks: Tensor | None) -> Tensor:
+    """``attention(norm(x)) + x``."""
+    inside = None if norm is None else norm_of(norm, x, attention.in_proj)
+    y = x if norm is None or inside is not None else norm(x)
+    added: Tensor = attention(y, y, y, need_weights=False, residual=x, norm=inside, **masks)[0]
+    return added
+
+
+def _add_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``mlp(norm(x)) + x``."""
     if isinstance(mlp, FeedForwardMlp | FeedForwardSequential) and not mlp.training and not watched(mlp):
-        added: Tensor = mlp(x, residual)
+        added: Tensor = mlp(x, x, norm)
         return added
-    y: Tensor = residual + mlp(x)
+    y: Tensor = x + mlp(norm(x))
     return y
 
 
@@ -158,12 +156,14 @@ def _is_plain_attention(attn: nn.Module) -> bool:
     )
 
 
-def _timm_attention(attn: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[operator]
+def _timm_attention(attn: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    inside = norm_of(norm, x, attn.qkv)
+    qkv = attn.qkv(norm(x)) if inside is None else attn.qkv.project(x, norm=inside)  # type: ignore[operator,union-attr]
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     heads = attention(q, k, v).transpose(1, 2).flatten(2)
     projection = attn.proj
     assert isinstance(projection, BSRLinear)  # By `_is_plain_attention`.
-    return projection.project(heads, projection.activation, residual)
+    return projection.project(heads, projection.activation, x)
 
 
 def _is_plain(block: nn.Module) -> bool:

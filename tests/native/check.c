@@ -115,6 +115,34 @@ static int check_gradient(int dtype, int activation, int64_t tokens, int64_t fea
     return bad;
 }
 
+/* The product of tokens that it normalizes itself, against that of tokens normalized before. */
+static int check_normalized(sb_product p, double tolerance) {
+    const int64_t in = p.weight.in_features, out = p.weight.out_features;
+    void *weight = room(in, p.dtype), *bias = room(in, p.dtype), *x = room(p.tokens * in, p.dtype);
+    void *y = room(p.tokens * out, p.dtype);
+    for (int64_t t = 0; t < p.tokens; t++) {
+        double mean = 0, variance = 0;
+        for (int64_t k = 0; k < in; k++) mean += get(p.x, p.dtype, t * in + k) / in;
+        for (int64_t k = 0; k < in; k++) variance += pow(get(p.x, p.dtype, t * in + k) - mean, 2) / in;
+        for (int64_t k = 0; k < in; k++) {
+            const double z = (get(p.x, p.dtype, t * in + k) - mean) / sqrt(variance + 1e-3);
+            put(x, p.dtype, t * in + k, z * get(weight, p.dtype, k) + get(bias, p.dtype, k));
+        }
+    }
+    p.norm = (sb_norm){weight, bias, 1e-3f, 1};
+    int bad = sb_run_product(&p) != SB_OK;
+    sb_product before = p;
+    before.norm = (sb_norm){0};
+    before.x = x, before.y = y;
+    bad |= sb_run_product(&before) != SB_OK;
+    for (int64_t at = 0; at < p.tokens * out; at++) {
+        const double want = get(y, p.dtype, at);
+        if (!(fabs(get(p.y, p.dtype, at) - want) < tolerance * (1 + fabs(want)))) bad = 1;
+    }
+    free(weight), free(bias), free(x), free(y);
+    return bad;
+}
+
 static int check(int round) {
     const int dtype = round % SB_DTYPES, activation = round % SB_ACTIVATIONS, turned = round & 1;
     const int64_t tokens = below(70), out = 1 + below(100), in = 1 + below(100);
@@ -170,6 +198,7 @@ static int check(int round) {
                         want += get(residual, dtype, t * out + r * bh + i) * get(x, dtype, t * in + cols[b] * bw + j);
                     if (!(fabs(get(gradient, dtype, (b * bh + i) * bw + j) - want) < tolerance)) bad = 1;
                 }
+    bad |= check_normalized(p, tolerance);
     free(crow), free(cols), free(values), free(x), free(bias), free(residual), free(y), free(gradient);
     return bad;
 }

@@ -68,6 +68,7 @@ typedef struct sb_kernels {
     void (*finish)(void);
     void (*widen)(int dtype, const void *source, int64_t count, float *target);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
+    void (*normalize)(int dtype, const sb_norm *norm, const void *row, int64_t features, void *out);
     /* A row of `count` scores, times `scale`, to probabilities, in place; zeros up to `padded`. */
     void (*softmax)(float *row, int64_t count, int64_t padded, float scale);
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */

@@ -79,19 +79,31 @@ static int64_t split_row(const sb_layer *layer, int64_t i, int64_t parts) {
     return low;
 }
 
-/* The packed features of one kernel position for one group of tokens. */
-static void pack_group(const sb_layer *layer, const sb_product *p, int64_t token, int64_t count, int64_t group,
-                       char *packed) {
+/* Bytes of the normalized tokens of a group, before they are packed. */
+static size_t normalized_bytes(const sb_product *p, int64_t group) {
+    return p->norm.enabled ? sb_align((size_t)(group * p->weight.in_features * sb_size_of(p->dtype))) : 0;
+}
+
+/* The packed features of one group of tokens, normalized where they are to be. */
+static void pack_tokens(const sb_layer *layer, const sb_product *p, int64_t token, int64_t count, int64_t group,
+                        char *normalized, char *packed) {
+    const int64_t size = sb_size_of(p->dtype), features = p->weight.in_features;
+    const void *rows[SB_MAX_GROUP] = {0};
+    for (int64_t m = 0; m < count; m++) {
+        rows[m] = (const char *)p->x + (token + m) * p->x_stride * size;
+        if (!p->norm.enabled) continue;
+        layer->kernels->normalize(p->dtype, &p->norm, rows[m], features, normalized + m * features * size);
+        rows[m] = normalized + m * features * size;
+    }
+    layer->kernels->pack(p->dtype, rows, group, features, layer->padded_in, layer->chunk, packed);
+}
+
+/* The packed features of every kernel position for one group of tokens. */
+static void pack_windows(const sb_layer *layer, const sb_product *p, int64_t token, int64_t count, int64_t group,
+                         char *packed) {
     const sb_window *w = &p->window;
     const int64_t size = sb_size_of(p->dtype);
     const void *rows[SB_MAX_GROUP];
-    if (!w->kernel_h) {
-        for (int64_t m = 0; m < group; m++)
-            rows[m] = m < count ? (const char *)p->x + (token + m) * p->x_stride * size : NULL;
-        layer->kernels->pack(p->dtype, rows, group, p->weight.in_features, layer->padded_in,
-                             layer->chunk, packed);
-        return;
-    }
     const int64_t padded = layer->padded_in / (w->kernel_h * w->kernel_w);
     const char *images[SB_MAX_GROUP];
     int64_t tops[SB_MAX_GROUP], lefts[SB_MAX_GROUP]; /* of each token's window; divided out once, not by position */
@@ -114,10 +126,13 @@ static void pack_group(const sb_layer *layer, const sb_product *p, int64_t token
 }
 
 static void pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
-                      char *packed) {
-    for (int64_t token = 0; token < tokens; token += group)
-        pack_group(layer, p, start + token, sb_min(group, tokens - token), group,
-                   packed + token * layer->padded_in * layer->packed_size);
+                      char *normalized, char *packed) {
+    for (int64_t token = 0; token < tokens; token += group) {
+        const int64_t count = sb_min(group, tokens - token);
+        char *out = packed + token * layer->padded_in * layer->packed_size;
+        if (p->window.kernel_h) pack_windows(layer, p, start + token, count, group, out);
+        else pack_tokens(layer, p, start + token, count, group, normalized, out);
+    }
 }
 
 static sb_target target_of(const sb_product *p, int64_t start, int64_t tokens, int64_t group) {
@@ -192,9 +207,9 @@ static int product_item(const void *context, int64_t item) {
     const int64_t start = item / cut->splits * cut->tile, part = item % cut->splits;
     const int64_t tokens = sb_min(cut->tile, job->product->tokens - start);
     const size_t packed_bytes = sb_align((size_t)(cut->tile * layer->padded_in * layer->packed_size));
-    char *scratch = sb_scratch(SB_ITEM, packed_bytes + SB_ACC_BYTES);
+    char *scratch = sb_scratch(SB_ITEM, packed_bytes + SB_ACC_BYTES + normalized_bytes(job->product, cut->group));
     if (!scratch) return SB_NO_MEMORY;
-    pack_tile(layer, job->product, start, tokens, cut->group, scratch);
+    pack_tile(layer, job->product, start, tokens, cut->group, scratch + packed_bytes + SB_ACC_BYTES, scratch);
     sb_target target = target_of(job->product, start, tokens, cut->group);
     target.packed = scratch;
     target.following = job->following;
@@ -269,11 +284,11 @@ static int feed_forward_item(const void *context, int64_t item) {
     const int64_t start = item * cut->tile, tokens = sb_min(cut->tile, p->tokens - start);
     const size_t x_bytes = sb_align((size_t)(cut->tile * first->padded_in * first->packed_size));
     const size_t hidden_bytes = sb_align((size_t)(cut->tile * second->padded_in * second->packed_size));
-    char *x = sb_scratch(SB_ITEM, x_bytes + hidden_bytes + SB_ACC_BYTES);
+    char *x = sb_scratch(SB_ITEM, x_bytes + hidden_bytes + SB_ACC_BYTES + normalized_bytes(p, cut->group));
     if (!x) return SB_NO_MEMORY;
     char *hidden = x + x_bytes;
     float *acc = (float *)(hidden + hidden_bytes);
-    pack_tile(first, p, start, tokens, cut->group, x);
+    pack_tile(first, p, start, tokens, cut->group, hidden + hidden_bytes + SB_ACC_BYTES, x);
     const int64_t covered = first->rows * first->weight.block_out;
     if (covered < second->padded_in) memset(hidden, 0, hidden_bytes); /* features only the second's blocks reach */
     sb_target inner = target_of(p, 0, tokens, cut->group);

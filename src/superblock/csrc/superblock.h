@@ -26,6 +26,14 @@ typedef struct {
     int64_t block_out, block_in, out_stride, in_stride, block_stride;
 } sb_weight;
 
+/* What a layer norm makes of each token of x before it is multiplied: (x - mean) / sqrt(variance + epsilon) * weight + bias,
+ * rounded to the dtype; weight and bias may be NULL. */
+typedef struct {
+    const void *weight, *bias;
+    float epsilon;
+    int32_t enabled;
+} sb_norm;
+
 /* The window of a convolution over channels-last images; `kernel_h == 0` means a plain linear product. */
 typedef struct {
     int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
@@ -36,6 +44,7 @@ typedef struct {
 typedef struct {
     sb_weight weight;
     sb_window window;
+    sb_norm norm; /* of a plain linear product */
     const void *x, *bias, *residual; /* bias and residual may be NULL */
     void *y, *preactivation;         /* preactivation may be NULL; it has the strides of y */
     int64_t tokens, x_stride, y_stride, residual_stride;

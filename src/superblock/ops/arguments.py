@@ -12,6 +12,8 @@ from superblock.errors import BackendError, MatrixError
 from superblock.ops import native
 from superblock.ops.indices import Indices, indices_of
 
+Norm = tuple[Tensor | None, Tensor | None, float]  # Weight, bias and epsilon of a layer norm.
+
 
 def weight_of(values: Tensor, indices: Indices, out_features: int, in_features: int) -> ctypes.Structure:
     """The weight, over blocks that lie one after another."""
@@ -53,6 +55,21 @@ def residual_rows(residual: Tensor, tokens: int, features: int, dtype: torch.dty
     if len(rows) != tokens:
         raise MatrixError(f"residual must have the {tokens} tokens of x, got {len(rows)}")
     return rows
+
+
+def norm_of(norm: Norm, features: int, dtype: torch.dtype) -> ctypes.Structure:
+    """A layer norm's parameters; ``alive`` keeps what it points to."""
+    weight, bias, epsilon = norm
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.shape != (features,) or tensor.dtype != dtype or not tensor.is_cpu):
+            raise MatrixError(
+                f"the norm's {name} must be [{features}] of {dtype} on cpu, "
+                f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            )
+    dense = [None if tensor is None else tensor.resolve_neg().contiguous() for tensor in (weight, bias)]
+    made = native.Norm(*(0 if tensor is None else tensor.data_ptr() for tensor in dense), epsilon, True)
+    made.alive = dense
+    return made
 
 
 def check(status: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, get_num_threads
 
 from superblock.errors import MatrixError
 from superblock.ops import native
-from superblock.ops.arguments import check, indices_for, residual_rows, rows_of, weight_of
+from superblock.ops.arguments import Norm, check, indices_for, norm_of, residual_rows, rows_of, weight_of
 from superblock.ops.convolution import KernelShape, channels_last, output_size, row_length
 from superblock.ops.native import pack_rows
 from superblock.ops.native import unsupported as unsupported
@@ -60,6 +60,30 @@ def multiply(
     )
     if status:
         check(status)
+    return y
+
+
+def linear_normalized(
+    x: Tensor,
+    norm: Norm,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    in_features: int,
+    activation: str,
+) -> Tensor:
+    """``y = act(norm(x) Wᵀ + b) + residual``: tokens are normalized while they are packed."""
+    prepared = prepare(values, crow_indices, col_indices, bias, (out_features, in_features), activation)
+    rows = rows_of(x, in_features, prepared.dtype)
+    product = product_of(prepared, len(rows), residual)
+    norms = norm_of(norm, in_features, prepared.dtype)
+    y = x.new_empty(*x.shape[:-1], out_features)
+    product.norm, product.x, product.x_stride = norms, rows.data_ptr(), rows.stride(0)
+    product.y, product.y_stride = y.data_ptr(), out_features
+    check(native.library().sb_run_product(ctypes.byref(product)))
     return y
 
 
@@ -136,8 +160,9 @@ def feed_forward(
     activation: str,
     second: Weight,
     residual: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
-    """``y = act(x W₁ᵀ + b₁) W₂ᵀ + b₂ + residual``: the hidden activations of a tile of tokens stay in the cache.
+    """``y = act(norm(x) W₁ᵀ + b₁) W₂ᵀ + b₂ + residual``: the hidden activations of a tile of tokens stay in the cache.
 
     A weight is ``(values, crow_indices, col_indices, bias, out_features, in_features)``.
     """
@@ -151,10 +176,14 @@ def feed_forward(
     dtype = first[0].dtype
     rows = rows_of(x, in_features, dtype)
     if len(rows) < FUSED_TOKENS * get_num_threads():
-        return linear(linear(x, *first[:4], None, *first[4:], activation), *second[:4], residual, *second[4:], "none")
+        weight = (*first[:4], None, *first[4:], activation)
+        inside = linear(x, *weight) if norm is None else linear_normalized(x, norm, *weight)
+        return linear(inside, *second[:4], residual, *second[4:], "none")
     inner = product_of(prepare(*first[:4], first[4:], activation), len(rows), None)
     outer = product_of(prepare(*second[:4], second[4:], "none"), len(rows), residual)
     y = x.new_empty(*x.shape[:-1], out_features)
+    norms = native.Norm() if norm is None else norm_of(norm, in_features, dtype)
+    inner.norm = norms
     inner.x, inner.x_stride = rows.data_ptr(), rows.stride(0)
     outer.y, outer.y_stride = y.data_ptr(), out_features
     check(native.library().sb_run_feed_forward(ctypes.byref(native.FeedForward(inner, outer))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from superblock.ops import backends, library
@@ -12,6 +13,7 @@ from superblock.ops import backends, library
 _WEIGHT = "Tensor values{0}, Tensor crow_indices{0}, Tensor col_indices{0}, Tensor? bias{0}"
 library._lib.define(
     f"feed_forward(Tensor x, {_WEIGHT.format(1)}, {_WEIGHT.format(2)}, Tensor? residual, "
+    "Tensor? norm_weight, Tensor? norm_bias, float? epsilon, "
     "int in_features, int hidden_features, int out_features, str activation) -> Tensor"
 )
 
@@ -27,6 +29,9 @@ def _compute(
     col2: Tensor,
     bias2: Tensor | None,
     residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    epsilon: float | None,
     in_features: int,
     hidden_features: int,
     out_features: int,
@@ -36,10 +41,13 @@ def _compute(
     second = (values2, crow2, col2, bias2, out_features, hidden_features)
     chosen = {backends.select("cpu", x.dtype, *values.shape[1:]) for values in (values1, values2)}
     backend = chosen.pop()
+    norm = None if epsilon is None else (norm_weight, norm_bias, epsilon)
     if not chosen and hasattr(backend, "feed_forward"):
-        y: Tensor = backend.feed_forward(x, first, activation, second, residual)
+        y: Tensor = backend.feed_forward(x, first, activation, second, residual, norm)
         return y
     ops = torch.ops.superblock
+    if norm is not None:
+        x = F.layer_norm(x, (in_features,), *norm)
     hidden = ops.bsr_linear(x, *first[:4], None, *first[4:], activation)
     both: Tensor = ops.bsr_linear(hidden, *second[:4], residual, *second[4:], "none")
     return both

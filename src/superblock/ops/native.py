@@ -41,10 +41,12 @@ Window = _structure(
     ("kernel_h kernel_w stride_h stride_w padding_h padding_w dilation_h dilation_w", "int64"),
     ("height width out_height out_width image_stride row_stride pixel_stride channels", "int64"),
 )
+Norm = _structure("Norm", ("weight bias", "pointer"), ("epsilon", "float"), ("enabled", "int32"))
 Product = _structure(
     "Product",
     ("weight", Weight),
     ("window", Window),
+    ("norm", Norm),
     ("x bias residual y preactivation", "pointer"),
     ("tokens x_stride y_stride residual_stride", "int64"),
     ("dtype activation threads residual_first", "int32"),

@@ -1,0 +1,27 @@
+"""Layer norms that run in the product after them, in inference on the CPU: no pass over memory of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from superblock.fuse import watched
+from superblock.nn import BSRLinear, Norm
+
+
+def norm_of(norm: nn.Module, x: Tensor, layer: object) -> Norm | None:
+    """What ``layer``'s product needs to normalize ``x`` itself, or ``None`` where ``norm`` must be called.
+
+    That is a plain ``nn.LayerNorm`` (torch's or timm's) over the last dimension, in the dtype of ``x``, seen by nobody,
+    where no gradient is asked for.
+    """
+    plain = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm" and not watched(norm)
+    if not plain or type(layer) is not BSRLinear or watched(layer) or x.device.type != "cpu":
+        return None
+    assert isinstance(norm, nn.LayerNorm)
+    tensors = [x, layer.values, *(tensor for tensor in (norm.weight, norm.bias, layer.bias) if tensor is not None)]
+    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    uniform = all(tensor.dtype == x.dtype for tensor in tensors) and tuple(norm.normalized_shape) == x.shape[-1:]
+    if graded or not uniform or torch.is_autocast_enabled("cpu"):
+        return None
+    return norm.weight, norm.bias, norm.eps
