@@ -25,6 +25,10 @@ CASES = [
     ((37,), 200, 90, (32, 48)),
     ((0,), 64, 64, (16, 16)),
     ((3,), 40, 8, (40, 8)),
+    # Weights of 64 outputs beyond L1, rows of unequal length, groups of 17 to 32 tokens.
+    ((47,), 300, 1600, (64, 32)),
+    ((70,), 208, 1280, (16, 16)),
+    ((41,), 170, 1040, (80, 40)),
 ]
 
 
@@ -96,6 +100,18 @@ def test_large_results_and_more_tokens_than_a_tile() -> None:
     for activation in ("none", "gelu"):
         y = cpu.linear(x, values, crow, col, None, None, 768, 32, activation)
         assert_near(y, reference.linear(x.double(), values.double(), crow, col, None, None, 768, 32, activation))
+
+
+@pytest.mark.parametrize("tokens", [6001, 22001])
+def test_large_results_in_bfloat16(tokens: int) -> None:
+    """9 MB, written past the caches, and 33, which is not: both of them twice, with the preactivation."""
+    values, crow, col = random_weight(768, 32, (32, 32), torch.bfloat16, density=0.5)
+    x = torch.randn(tokens, 32).bfloat16()
+    arguments = crow, col, None, 768, 32, "relu"
+    both = cpu.linear_with_preactivation(x, values, *arguments)
+    want = reference.linear_with_preactivation(x.double(), values.double(), *arguments)
+    for got, exact in zip(both, want, strict=True):
+        assert_near(got, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,45 +1,53 @@
-/* How AMX walks a layer: strips of 64 outputs by groups of 16 tokens, one stream of products in which every tile is
- * finished while the next one multiplies.
+/* How AMX walks a layer: one stream of products, in which every tile is finished while the next one multiplies.
  *
  * A sum that has just been multiplied cannot be stored before its 52 cycles are over, and its 16 waiting rows fill the
  * scheduler, so that nothing behind them starts: four stores at a tile's end cost 60 cycles, as much as four products.
  * Five registers of sums take turns instead: a tile starts on the one that the last tile left, and stores each of the
  * last tile's sums just before it needs the register, when that sum has long been there (16 products and 4 stores: 323
- * -> 266 cycles, 256 of them the products').
+ * -> 266 cycles, 256 of them the products'). Its rows become results between the products that follow.
  *
- * 16 tokens, because as many pages is what the processor can store to without looking them up again, and because the
- * tokens of a strip's blocks then pass through L1 once while its weights stay.
+ * A tile is wide, 16 tokens by 64 outputs, or tall, 32 by 32. The wide one reads the tokens once, past the weights of
+ * its strip in L1, and writes 16 pages at a time, which is what the processor remembers for stores. Where weights come
+ * from L2 as well, it would read five tiles for four products: the tall one reads four.
  */
 
 enum { WIDE = 4 * SIDE, TALL = 2 * SIDE };
 
-/* A run of outputs of one block row, 16, 32 or 64. */
+/* A run of 16, 32 or 64 outputs of one block row, and the tokens of the group. */
 typedef struct {
     const char *x, *w;
     const int32_t *cols;
-    int64_t blocks, chunks;
-    int64_t column_bytes; /* of the weights of 16 outputs */
+    int64_t blocks, chunks; /* chunks a block */
+    int64_t column_bytes;   /* of the weights of 16 outputs */
 } part;
 
+/* The outputs of a tile. */
 typedef struct {
     part parts[4];
-    int64_t column, width; /* outputs; what a part takes of them */
-    int64_t steps;         /* chunks of features that every part has */
+    int64_t column, width; /* the first output, and how many of them are a part's */
+    int64_t steps;         /* chunks that every part has */
 } strip;
 
 typedef struct walk {
     const sb_layer *layer;
     const sb_target *target;
-    float *sums; /* of the last tile */
-    int turn;
-    int64_t column, token, rows, left, pace; /* of the last tile; rows not yet finished, rows at a time */
-    int64_t outputs;                               /* of a tile: WIDE or TALL */
     void (*finish)(const struct walk *, int64_t row, int64_t count);
+    int64_t outputs; /* of a tile */
+    int turn;        /* which register the next tile starts on */
+    float *sums;     /* of the last tile, and where it was */
+    int64_t column, token, rows;
+    int64_t left, pace; /* rows of it to be finished, rows at a time */
 } walk;
 
 SB_INLINE vec half_line(const void *line, int half) { return load_as(SB_BFLOAT16, line, half * SB_LANES); }
 
 /* Rows of whole strips, two whole lines each. */
+SB_INLINE void store_line(const int stream, uint16_t *line, vec low, vec high) {
+    const __m512i all = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    if (stream) _mm512_stream_si512((void *)line, all);
+    else _mm512_storeu_si512(line, all);
+}
+
 SB_INLINE void finish_lines(int activation, const int residual, const int preactivation, const int packed,
                             const int stream, const walk *k, int64_t row, int64_t count) {
     const sb_target *t = k->target;
@@ -54,34 +62,39 @@ SB_INLINE void finish_lines(int activation, const int residual, const int preact
         uint16_t *z = preactivation ? (uint16_t *)t->preactivation + token * stride + column : NULL;
         const uint16_t *r = residual ? (const uint16_t *)t->residual + token * t->residual_stride + column : NULL;
         for (int64_t m = 0; m < count; m++, sums += k->outputs, y += stride) {
-            vec out[2] = {load(sums) + low, load(sums + SB_LANES) + high};
-            SB_UNROLL for (int i = 0; i < 2; i++) {
-                if (residual == RESIDUAL_FIRST) out[i] += half_line(r, i);
-                if (preactivation) store_as(SB_BFLOAT16, z, i * SB_LANES, out[i]);
-                out[i] = activate(activation, out[i]);
-                if (residual == RESIDUAL_LAST) out[i] += half_line(r, i);
-            }
-            const __m512i line = (__m512i)_mm512_cvtne2ps_pbh((__m512)out[1], (__m512)out[0]);
-            if (stream) _mm512_stream_si512((void *)y, line);
-            else _mm512_storeu_si512(y, line);
+            vec first = load(sums) + low, second = load(sums + SB_LANES) + high;
+            if (residual == RESIDUAL_FIRST) first += half_line(r, 0), second += half_line(r, 1);
+            if (preactivation) store_line(stream, z, first, second);
+            first = activate(activation, first), second = activate(activation, second);
+            if (residual == RESIDUAL_LAST) first += half_line(r, 0), second += half_line(r, 1);
+            store_line(stream, y, first, second);
             if (preactivation) z += stride;
             if (residual) r += t->residual_stride;
         }
     }
 }
 
-#define FINISH(name, ...)                                                                                    \
-    static void name##_none(const walk *k, int64_t m, int64_t n) { finish_lines(SB_NONE, __VA_ARGS__, k, m, n); } \
-    static void name##_relu(const walk *k, int64_t m, int64_t n) { finish_lines(SB_RELU, __VA_ARGS__, k, m, n); } \
-    static void name##_gelu(const walk *k, int64_t m, int64_t n) { finish_lines(SB_GELU, __VA_ARGS__, k, m, n); } \
-    static void name##_tanh(const walk *k, int64_t m, int64_t n) { finish_lines(SB_GELU_TANH, __VA_ARGS__, k, m, n); } \
-    static void name##_silu(const walk *k, int64_t m, int64_t n) { finish_lines(SB_SILU, __VA_ARGS__, k, m, n); } \
-    static void (*const name[])(const walk *, int64_t, int64_t) = {name##_none, name##_relu, name##_gelu, name##_tanh, name##_silu};
+typedef void (*finisher)(const walk *, int64_t row, int64_t count);
+
+#define FINISH_OF(name, activation, ...)                           \
+    static void name(const walk *k, int64_t row, int64_t count) { \
+        finish_lines(activation, __VA_ARGS__, k, row, count);      \
+    }
+/* By activation. */
+#define FINISH(name, ...)                                                                                           \
+    FINISH_OF(name##_none, SB_NONE, __VA_ARGS__)                                                                    \
+    FINISH_OF(name##_relu, SB_RELU, __VA_ARGS__)                                                                    \
+    FINISH_OF(name##_gelu, SB_GELU, __VA_ARGS__)                                                                    \
+    FINISH_OF(name##_tanh, SB_GELU_TANH, __VA_ARGS__)                                                               \
+    FINISH_OF(name##_silu, SB_SILU, __VA_ARGS__)                                                                    \
+    static const finisher name[] = {[SB_NONE] = name##_none, [SB_RELU] = name##_relu, [SB_GELU] = name##_gelu,      \
+                                    [SB_GELU_TANH] = name##_tanh, [SB_SILU] = name##_silu};
 
 FINISH(finish_plain, NO_RESIDUAL, 0, 0, 0)
 FINISH(finish_streamed, NO_RESIDUAL, 0, 0, 1)
 FINISH(finish_packed, NO_RESIDUAL, 0, 1, 0)
 FINISH(finish_training, NO_RESIDUAL, 1, 0, 0)
+FINISH(finish_training_streamed, NO_RESIDUAL, 1, 0, 1)
 FINISH(finish_residual_first, RESIDUAL_FIRST, 0, 0, 0)
 FINISH(finish_residual_last, RESIDUAL_LAST, 0, 0, 0)
 
@@ -210,6 +223,7 @@ static part empty_part(void) {
 
 /* Multiplies `rows` tokens from `token` on and finishes the tile before. */
 static void next_tile(walk *k, const strip *s, int64_t token, int64_t rows) {
+
     static void (*const wide[])(walk *, const strip *) = {wide0, wide1, wide2, wide3, wide4};
     static void (*const tall[])(walk *, const strip *) = {tall0, tall1, tall2, tall3, tall4};
     k->left = k->rows;
@@ -233,14 +247,14 @@ static void run_strip(walk *k, strip *s) {
     }
 }
 
-typedef void (*finisher)(const walk *, int64_t row, int64_t count);
-
 static finisher finisher_of(const sb_target *t) {
     if (t->next) return t->next_chunk == 32 ? finish_packed[t->activation] : finish_any;
-    if (t->preactivation) return t->residual ? finish_any : finish_training[t->activation];
+    if (t->preactivation && t->residual) return finish_any;
+    const int whole = t->y_stride % 32 == 0 && ((uintptr_t)t->y | (uintptr_t)t->preactivation) % 64 == 0;
+    const int stream = t->stream && whole;
+    if (t->preactivation) return (stream ? finish_training_streamed : finish_training)[t->activation];
     if (t->residual) return (t->residual_first ? finish_residual_first : finish_residual_last)[t->activation];
-    const int whole = t->y_stride % 32 == 0 && (uintptr_t)t->y % 64 == 0;
-    return (t->stream && whole ? finish_streamed : finish_plain)[t->activation];
+    return (stream ? finish_streamed : finish_plain)[t->activation];
 }
 
 /* The most outputs of one block row that a tile takes at once. */

@@ -1,9 +1,9 @@
 /* AMX: bfloat16 products on tiles of 16 x 16 sums; all else as AVX-512-BF16.
  *
- * The tokens of a group are the rows of the left operand, read as they are packed; the weights of a panel are the right
- * one, paired by features in scratch, once for all groups. Up to 2 x 2 tiles of sums share two tiles of either operand,
- * so that four loads feed four products of 16 cycles. A product takes those cycles whatever its tiles hold: blocks
- * narrower than 32 features leave a share of them empty, and so do few tokens.
+ * The tokens of a group are the rows of the left operand, read as they are packed; the weights of 16 outputs are the
+ * right one, paired by features in scratch, once for all groups, so that each of its tiles is 1 KB in one piece. A
+ * product takes 16 cycles whatever its tiles hold: blocks narrower than 32 features leave a share of them empty, and so
+ * do few tokens.
  */
 #define _GNU_SOURCE
 #define SB_LANES 16
@@ -85,16 +85,17 @@ SB_INLINE void multiply(const int add, const int rows, const int columns, const 
     if (rows > 1 && columns > 1) _tile_stored(3, below + SIDE, stride);
 }
 
-SB_INLINE void multiply_chunks(const int rows, const int columns, int64_t outputs, int64_t group, const sb_tile *t) {
-    if (t->chunk == 32) multiply(0, rows, columns, 32, outputs, group, t);
-    else if (t->chunk == 16) multiply(0, rows, columns, 16, outputs, group, t);
-    else multiply(0, rows, columns, 8, outputs, group, t);
+/* Panels of blocks whose height is no multiple of 16; all others are run(). */
+SB_INLINE void multiply_chunks(const int rows, int64_t panel, int64_t group, const sb_tile *t) {
+    if (t->chunk == 32) multiply(0, rows, 1, 32, panel, group, t);
+    else if (t->chunk == 16) multiply(0, rows, 1, 16, panel, group, t);
+    else multiply(0, rows, 1, 8, panel, group, t);
 }
 
 static void tile(int dtype, int64_t panel, int64_t group, const sb_tile *t) {
     (void)dtype;
-    if (group > SIDE) multiply_chunks(2, 1, panel, group, t);
-    else multiply_chunks(1, 1, panel, group, t);
+    if (group > SIDE) multiply_chunks(2, panel, group, t);
+    else multiply_chunks(1, panel, group, t);
 }
 
 /* Two features of `count` outputs, at most a vector of them, side by side. */
