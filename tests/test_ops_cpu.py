@@ -170,6 +170,20 @@ def test_slopes_at_their_extremes(dtype: torch.dtype) -> None:
         assert total.isnan()
 
 
+def test_threads_that_share_the_block_rows_write_their_own() -> None:
+    """So few tokens that parts of the rows are handed out, whose strips end before they are full."""
+    values, crow, col = random_weight(592, 2048, (16, 16), torch.bfloat16)
+    x, threads = torch.randn(16, 2048).bfloat16(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = cpu.linear(x, values, crow, col, None, None, 592, 2048, "none")
+        torch.set_num_threads(2)
+        for _ in range(200):
+            assert torch.equal(cpu.linear(x, values, crow, col, None, None, 592, 2048, "none"), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _gradient(grad: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:
     z = z.requires_grad_()
     return torch.autograd.grad(reference.activate(z, activation), z, grad)[0]

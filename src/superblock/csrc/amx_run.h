@@ -24,8 +24,9 @@ typedef struct {
 /* The outputs of a tile. */
 typedef struct {
     part parts[4];
-    int64_t column, width; /* the first output, and how many of them are a part's */
-    int64_t steps;         /* chunks that every part has */
+    int64_t column, outputs; /* the first output, and how many there are: the last strip may not be full */
+    int64_t width;           /* how many of them are a part's */
+    int64_t steps;           /* chunks that every part has */
 } strip;
 
 typedef struct walk {
@@ -35,7 +36,7 @@ typedef struct walk {
     int64_t outputs; /* of a tile */
     int turn;        /* which register the next tile starts on */
     float *sums;     /* of the last tile, and where it was */
-    int64_t column, token, rows;
+    int64_t column, columns, token, rows;
     int64_t left, pace; /* rows of it to be finished, rows at a time */
 } walk;
 
@@ -102,7 +103,7 @@ FINISH(finish_residual_last, RESIDUAL_LAST, 0, 0, 0)
 static void finish_any(const walk *k, int64_t row, int64_t count) {
     (void)count;
     if (row) return;
-    sb_epilogue e = sb_layer_epilogue(k->layer, k->target, k->column, k->outputs);
+    sb_epilogue e = sb_layer_epilogue(k->layer, k->target, k->column, k->columns);
     sb_layer_place(k->layer, k->target, k->token, k->column, &e);
     e.acc = k->sums;
     e.acc_stride = k->outputs;
@@ -112,7 +113,8 @@ static void finish_any(const walk *k, int64_t row, int64_t count) {
 
 static void finish_rows(walk *k) {
     const int64_t count = k->left < k->pace ? k->left : k->pace, row = k->rows - k->left;
-    if (k->column + k->outputs <= k->layer->weight.out_features) k->finish(k, row, count);
+    const int64_t end = k->column + k->outputs;
+    if (k->columns == k->outputs && end <= k->layer->weight.out_features) k->finish(k, row, count);
     else finish_any(k, row, count);
     k->left -= count;
 }
@@ -157,7 +159,7 @@ static void finish_rows(walk *k) {
     }
 
 /* Sums are in a0 to a3; those of the last tile are in a1 to a4. */
-#define WIDE_4(use0, use1, use2, use3)                                                 \
+#define WIDE_4(use0, use1, use2, use3)                                                    \
     TOKENS_OF(0, 0, _tile_stream_loadd) WEIGHTS_OF(0, 0, 6) use0 WEIGHTS_OF(0, 1, 7) use1 \
     WEIGHTS_OF(0, 2, 6) use2 WEIGHTS_OF(0, 3, 7) use3
 #define WIDE_2(i, use0, use1) \
@@ -184,8 +186,8 @@ static void finish_rows(walk *k) {
         OTHER_STEPS(3, WIDE_1(3, 7, MORE(a3, 7)))                                                             \
     })
 
-#define TALL_2(use0, use1, use2, use3)                                              \
-    TOKENS_OF(0, 0, _tile_stream_loadd) WEIGHTS_OF(0, 0, 6) use0 WEIGHTS_OF(0, 1, 7) use1  \
+#define TALL_2(use0, use1, use2, use3)                                                    \
+    TOKENS_OF(0, 0, _tile_stream_loadd) WEIGHTS_OF(0, 0, 6) use0 WEIGHTS_OF(0, 1, 7) use1 \
     TOKENS_OF(0, 1, _tile_stream_loadd) use2 use3
 #define TALL_1(i, weights, use0, use1) \
     TOKENS_OF(i, 0, _tile_loadd) WEIGHTS_OF(i, 0, weights) use0 TOKENS_OF(i, 1, _tile_loadd) use1
@@ -223,7 +225,6 @@ static part empty_part(void) {
 
 /* Multiplies `rows` tokens from `token` on and finishes the tile before. */
 static void next_tile(walk *k, const strip *s, int64_t token, int64_t rows) {
-
     static void (*const wide[])(walk *, const strip *) = {wide0, wide1, wide2, wide3, wide4};
     static void (*const tall[])(walk *, const strip *) = {tall0, tall1, tall2, tall3, tall4};
     k->left = k->rows;
@@ -231,6 +232,7 @@ static void next_tile(walk *k, const strip *s, int64_t token, int64_t rows) {
     (k->outputs == WIDE ? wide : tall)[k->turn](k, s);
     k->turn = k->turn == 4 ? 0 : k->turn + 1;
     k->column = s->column;
+    k->columns = s->outputs;
     k->token = token;
     k->rows = rows;
 }
@@ -281,16 +283,18 @@ static int run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t
               .finish = finisher_of(t)};
     strip s = {.width = width_of(block_out, k.outputs)};
     prepare(SIDE, layer->chunk);
-    int64_t outputs = 0;
     for (int64_t row = first; row < last; row++)
         for (int64_t offset = 0; offset < block_out && row * block_out + offset < columns; offset += s.width) {
-            if (!outputs) s.column = row * block_out + offset;
-            s.parts[outputs / s.width] = part_of(layer, t, row, offset);
-            outputs = (outputs + s.width) % k.outputs;
-            if (!outputs) run_strip(&k, &s);
+            if (!s.outputs) s.column = row * block_out + offset;
+            s.parts[s.outputs / s.width] = part_of(layer, t, row, offset);
+            s.outputs += s.width;
+            if (s.outputs == k.outputs) {
+                run_strip(&k, &s);
+                s.outputs = 0;
+            }
         }
-    if (outputs) {
-        for (; outputs < k.outputs; outputs += s.width) s.parts[outputs / s.width] = empty_part();
+    if (s.outputs) {
+        for (int64_t i = s.outputs / s.width; i < k.outputs / s.width; i++) s.parts[i] = empty_part();
         run_strip(&k, &s);
     }
     /* Nothing follows the last tile. */
