@@ -25,6 +25,10 @@ CASES = [
     ((37,), 200, 90, (32, 48)),
     ((0,), 64, 64, (16, 16)),
     ((3,), 40, 8, (40, 8)),
+    # Weights of 64 outputs beyond L1, rows of unequal length, groups of 17 to 32 tokens.
+    ((47,), 300, 1600, (64, 32)),
+    ((70,), 208, 1280, (16, 16)),
+    ((41,), 170, 1040, (80, 40)),
 ]
 
 
@@ -118,6 +122,18 @@ def test_large_results_and_more_tokens_than_a_tile() -> None:
         assert_near(y, reference.linear(x.double(), values.double(), crow, col, None, None, 768, 32, activation))
 
 
+@pytest.mark.parametrize("tokens", [6001, 22001])
+def test_large_results_in_bfloat16(tokens: int) -> None:
+    """9 MB, written past the caches, and 33, which is not: both of them twice, with the preactivation."""
+    values, crow, col = random_weight(768, 32, (32, 32), torch.bfloat16, density=0.5)
+    x = torch.randn(tokens, 32).bfloat16()
+    arguments = crow, col, None, 768, 32, "relu"
+    both = cpu.linear_with_preactivation(x, values, *arguments)
+    want = reference.linear_with_preactivation(x.double(), values.double(), *arguments)
+    for got, exact in zip(both, want, strict=True):
+        assert_near(got, exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_at_their_extremes(dtype: torch.dtype) -> None:
     """An identity weight: what comes out is the activation of the bias-free input, NaN and infinities included."""
@@ -172,6 +188,20 @@ def test_slopes_at_their_extremes(dtype: torch.dtype) -> None:
         dz, total = cpu.activation_gradient(ends[2:], z[:1], activation)
         assert dz.isnan()
         assert total.isnan()
+
+
+def test_threads_that_share_the_block_rows_write_their_own() -> None:
+    """So few tokens that parts of the rows are handed out, whose strips end before they are full."""
+    values, crow, col = random_weight(592, 2048, (16, 16), torch.bfloat16)
+    x, threads = torch.randn(16, 2048).bfloat16(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = cpu.linear(x, values, crow, col, None, None, 592, 2048, "none")
+        torch.set_num_threads(2)
+        for _ in range(200):
+            assert torch.equal(cpu.linear(x, values, crow, col, None, None, 592, 2048, "none"), want)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _gradient(grad: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:

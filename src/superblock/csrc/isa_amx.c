@@ -1,9 +1,9 @@
 /* AMX: bfloat16 products on tiles of 16 x 16 sums; all else as AVX-512-BF16.
  *
- * The tokens of a group are the rows of the left operand, read as they are packed; the weights of a panel are the right
- * one, paired by features in scratch, once for all groups. Up to 2 x 2 tiles of sums share two tiles of either operand,
- * so that four loads feed four products of 16 cycles. A product takes those cycles whatever its tiles hold: blocks
- * narrower than 32 features leave a share of them empty, and so do few tokens.
+ * The tokens of a group are the rows of the left operand, read as they are packed; the weights of 16 outputs are the
+ * right one, paired by features in scratch, once for all groups, so that each of its tiles is 1 KB in one piece. A
+ * product takes 16 cycles whatever its tiles hold: blocks narrower than 32 features leave a share of them empty, and so
+ * do few tokens.
  */
 #define _GNU_SOURCE
 #define SB_LANES 16
@@ -12,6 +12,7 @@
 #define SB_LONGEST_CHUNK 32
 #define SB_OWN_PEAK
 #include "kernels.h"
+#include "layer.h"
 #include "simd.h"
 #include "activations.h"
 #include "tile.h"
@@ -23,24 +24,18 @@
 
 enum { SIDE = 16 };
 
-/* Tile registers: 0 to 3 hold sums (token half, output half), 4 and 5 tokens, 6 and 7 weights. */
-static void prepare(int64_t panel, int64_t group, int64_t chunk) {
+/* Tile registers: 0 to 4 hold sums, 5 tokens, 6 and 7 weights. Tokens are always read by 16: past a group's last token
+ * lies its next chunk, or the sums, and what becomes of it is never looked at. */
+static void prepare(int64_t panel, int64_t chunk) {
     struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
     } shape = {.palette = 1};
     const int64_t outputs = panel < SIDE ? panel : SIDE;
-    for (int half = 0; half < 2; half++) {
-        const int64_t left = group - half * SIDE, tokens = left < 0 ? 0 : left < SIDE ? left : SIDE;
-        for (int i = 0; i < 2; i++) {
-            shape.rows[2 * half + i] = (uint8_t)tokens;
-            shape.row_bytes[2 * half + i] = (uint16_t)(tokens ? outputs * 4 : 0);
-        }
-        shape.rows[4 + half] = (uint8_t)tokens;
-        shape.row_bytes[4 + half] = (uint16_t)(tokens ? chunk * 2 : 0);
-        shape.rows[6 + half] = (uint8_t)(chunk / 2);
-        shape.row_bytes[6 + half] = (uint16_t)(outputs * 4);
+    for (int i = 0; i < 8; i++) {
+        shape.rows[i] = (uint8_t)(i < 6 ? SIDE : chunk / 2);
+        shape.row_bytes[i] = (uint16_t)(i == 5 ? chunk * 2 : outputs * 4);
     }
     __asm__ volatile("" ::: "memory"); /* what the tiles load is written before */
     _tile_loadconfig(&shape);
@@ -70,12 +65,12 @@ SB_INLINE void multiply(const int add, const int rows, const int columns, const 
     for (int64_t b = 0; b < t->blocks; b++) {
         const char *x = (const char *)t->x + t->cols[b] * block_bytes;
         for (int64_t c = 0; c < t->chunks; c++, x += chunk_bytes, w += weight_bytes) {
-            _tile_loadd(4, x, row);
+            _tile_loadd(5, x, row);
             _tile_loadd(6, w, pairs);
-            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(0, 5, 6);
             if (columns > 1) {
                 _tile_loadd(7, w + SIDE * 4, pairs);
-                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(1, 5, 7);
             }
             if (rows > 1) {
                 _tile_loadd(5, x + SIDE * row, row);
@@ -90,26 +85,17 @@ SB_INLINE void multiply(const int add, const int rows, const int columns, const 
     if (rows > 1 && columns > 1) _tile_stored(3, below + SIDE, stride);
 }
 
-SB_INLINE void multiply_chunks(const int rows, const int columns, int64_t outputs, int64_t group, const sb_tile *t) {
-    if (t->chunk == 32) multiply(0, rows, columns, 32, outputs, group, t);
-    else if (t->chunk == 16) multiply(0, rows, columns, 16, outputs, group, t);
-    else multiply(0, rows, columns, 8, outputs, group, t);
+/* Panels of blocks whose height is no multiple of 16; all others are run(). */
+SB_INLINE void multiply_chunks(const int rows, int64_t panel, int64_t group, const sb_tile *t) {
+    if (t->chunk == 32) multiply(0, rows, 1, 32, panel, group, t);
+    else if (t->chunk == 16) multiply(0, rows, 1, 16, panel, group, t);
+    else multiply(0, rows, 1, 8, panel, group, t);
 }
 
 static void tile(int dtype, int64_t panel, int64_t group, const sb_tile *t) {
     (void)dtype;
-    for (int64_t m = 0; m < group && t->target_bytes; m++)
-        for (int64_t at = 0; at < t->target_bytes; at += 64) __builtin_prefetch(t->target + m * t->target_stride + at, 1);
-    if (panel == 2 * SIDE) {
-        if (group > SIDE) multiply_chunks(2, 2, 2 * SIDE, group, t);
-        else multiply_chunks(1, 2, 2 * SIDE, group, t);
-    } else if (panel == SIDE) {
-        if (group > SIDE) multiply_chunks(2, 1, SIDE, group, t);
-        else multiply_chunks(1, 1, SIDE, group, t);
-    } else {
-        if (group > SIDE) multiply_chunks(2, 1, panel, group, t);
-        else multiply_chunks(1, 1, panel, group, t);
-    }
+    if (group > SIDE) multiply_chunks(2, panel, group, t);
+    else multiply_chunks(1, panel, group, t);
 }
 
 /* Two features of `count` outputs, at most a vector of them, side by side. */
@@ -138,6 +124,8 @@ static void pair(const uint16_t *in, int64_t out_stride, int64_t in_stride, int6
                     memcpy(out + (k / 2 + j) * 2 * outputs + 2 * (n + i), in + (n + i) * out_stride + k + 2 * j, 4);
 }
 
+#include "amx_run.h"
+
 static void outer_pairs(const uint16_t *dy, const uint16_t *x, float *out, int64_t tokens, int64_t height, int64_t width) {
     enum { TOKENS = SB_LONGEST_CHUNK };
     static const int32_t first[] = {0};
@@ -159,7 +147,7 @@ static void outer_pairs(const uint16_t *dy, const uint16_t *x, float *out, int64
 
 static double peak(int dtype, int64_t iterations) {
     (void)dtype;
-    prepare(2 * SIDE, 2 * SIDE, SB_LONGEST_CHUNK);
+    prepare(2 * SIDE, SB_LONGEST_CHUNK);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -169,8 +157,8 @@ static double peak(int dtype, int64_t iterations) {
     _tile_zero(6);
     _tile_zero(7);
     for (int64_t n = 0; n < iterations; n++) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(0, 5, 6);
+        _tile_dpbf16ps(1, 5, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -188,10 +176,12 @@ static int supported(void) {
 
 const sb_kernels sb_amx = {.name = "amx",
                            .base = &sb_avx512bf16,
-                           .groups = {32, 32, 32, 0, 0},
+                           .groups = {32, 32, 0, 0, 0},
+                           .small_group = SIDE,
                            .packed_size = {4, 2, 4},
                            .pair = pair,
                            .prepare = prepare,
                            .finish = finish,
+                           .run = run,
                            .outer_pairs = outer_pairs,
                            SB_COMMON_KERNELS};

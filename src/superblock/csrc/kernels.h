@@ -48,6 +48,9 @@ typedef struct {
     int64_t tokens, a_stride, b_stride, out_stride, columns;
 } sb_outer;
 
+struct sb_layer;
+struct sb_target;
+
 typedef struct sb_kernels {
     const char *name;
     int (*supported)(void);
@@ -55,6 +58,7 @@ typedef struct sb_kernels {
     int32_t longest_chunk;         /* features */
     int32_t lanes;                 /* floats a vector */
     int32_t groups[5];             /* the most tokens a group by vectors a panel; 0: no such tile */
+    int32_t small_group;           /* the most where a strip's weights stay in L1; 0: as many as elsewhere */
     int32_t packed_size[SB_DTYPES]; /* bytes of a packed activation */
     void (*tile)(int dtype, int64_t panel, int64_t group, const sb_tile *tile);
     void (*epilogue)(const sb_epilogue *epilogue);
@@ -64,8 +68,10 @@ typedef struct sb_kernels {
     void (*pair)(const uint16_t *in, int64_t out_stride, int64_t in_stride, int64_t outputs, int64_t features,
                  uint16_t *out);
     /* Before and after a thread's run of tiles of one shape; NULL: they need nothing. */
-    void (*prepare)(int64_t panel, int64_t group, int64_t chunk);
+    void (*prepare)(int64_t panel, int64_t chunk);
     void (*finish)(void);
+    /* sb_layer_run, where these kernels walk a layer in a way of their own; false: they leave this one. NULL: all. */
+    int (*run)(const struct sb_layer *layer, const struct sb_target *target, int64_t first, int64_t last, float *acc);
     void (*widen)(int dtype, const void *source, int64_t count, float *target);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
     void (*normalize)(int dtype, const sb_norm *norm, const void *row, int64_t features, void *out);
@@ -77,7 +83,7 @@ typedef struct sb_kernels {
     void (*gradient)(const sb_gradient *gradient, int64_t start, int64_t stop, float *sums);
     void (*outer)(const sb_outer *outer);
     /* out [height][width] += dyᵀ x for operands laid out as [tokens / 32][height][32] and [tokens / 32][16][width][2],
-     * sides multiples of 16, once prepared for a panel, group and chunk of 32; NULL: only the above. */
+     * sides multiples of 16, once prepared for a panel and chunk of 32; NULL: only the above. */
     void (*outer_pairs)(const uint16_t *dy, const uint16_t *x, float *out, int64_t tokens, int64_t height,
                         int64_t width);
     double (*peak)(int dtype, int64_t iterations);

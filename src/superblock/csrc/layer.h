@@ -6,7 +6,7 @@
 
 #include <stddef.h>
 
-typedef struct {
+typedef struct sb_layer {
     const sb_kernels *kernels;
     sb_weight weight;
     int64_t rows, padded_in, panel, max_group, chunk;
@@ -27,7 +27,7 @@ int64_t sb_layer_bytes(const sb_layer *layer);
 enum { SB_ACC_BYTES = SB_MAX_GROUP * SB_MAX_PANEL * 4 };
 
 /* One tile of tokens: where its packed features lie and where its results go. */
-typedef struct {
+typedef struct sb_target {
     const void *packed;
     int64_t tokens, group; /* the last group may be partly filled */
     const void *bias, *residual;
@@ -43,6 +43,13 @@ typedef struct {
 
 /* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);
+
+/* The tile of one panel, but for what a group of tokens places. */
+sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel);
+
+/* What becomes of the sums of `width` outputs from `column` on; sb_layer_place says for which tokens. */
+sb_epilogue sb_layer_epilogue(const sb_layer *layer, const sb_target *target, int64_t column, int64_t width);
+void sb_layer_place(const sb_layer *layer, const sb_target *target, int64_t token, int64_t column, sb_epilogue *e);
 
 static inline int64_t sb_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t sb_min(int64_t a, int64_t b) { return a < b ? a : b; }

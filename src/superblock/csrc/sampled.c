@@ -111,7 +111,7 @@ static int sampled_item(const void *context, int64_t item) {
     if (!sums) return SB_NO_MEMORY;
     memset(sums, 0, (size_t)((last - first) * area) * sizeof *sums);
     const int64_t tile = job->paired ? PAIRED_TILE : TOKENS;
-    if (job->paired) job->kernels->prepare(PAIRED_TOKENS, PAIRED_TOKENS, PAIRED_TOKENS);
+    if (job->paired) job->kernels->prepare(PAIRED_TOKENS, PAIRED_TOKENS);
     for (int64_t start = 0; start < job->tokens; start += tile)
         for (int64_t b = first; b < last; b++)
             add_block(job, b, start, sb_min(tile, job->tokens - start), sums + (b - first) * area);
