@@ -60,8 +60,16 @@ def test_products_match_the_reference(leading, out, in_, block, dtype, packed) -
     )
 
 
-# Beyond 8 MB results are written around the caches; beyond 1 MB weights are fetched ahead of their use.
-LARGE = [(2900, 768, 40, (24, 8)), (2900, 768, 64, (16, 16)), (2900, 768, 64, (64, 64)), (75, 1024, 1024, (64, 32))]
+# Beyond 8 MB results are written around the caches; beyond 1 MB weights are fetched ahead of their use; beyond 1400
+# living features a row is multiplied in slabs (random weights here live by 0.4).
+LARGE = [
+    (70, 136, 8000, (8, 16)),
+    (131, 200, 7700, (64, 48)),
+    (2900, 768, 40, (24, 8)),
+    (2900, 768, 64, (16, 16)),
+    (2900, 768, 64, (64, 64)),
+    (75, 1024, 1024, (64, 32)),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -41,6 +41,8 @@ void sb_layer_init(sb_layer *layer, const sb_weight *weight, int32_t dtype, int6
     memset(layer, 0, sizeof *layer);
     layer->kernels = sb_kernels_for(dtype, tokens);
     layer->weight = *weight;
+    layer->starts = weight->crow;
+    layer->ends = weight->crow + 1;
     layer->dtype = dtype;
     layer->packed_size = layer->kernels->packed_size[dtype];
     layer->rows = sb_ceil_div(weight->out_features, weight->block_out);
@@ -95,9 +97,7 @@ typedef struct {
     sb_tile tiles[SB_MAX_PANEL / 8];
     int64_t panels[SB_MAX_PANEL / 8];
     int64_t count, column, width;
-    const char *ahead;                /* the next strip's weights, which these tiles fetch */
-    int64_t ahead_bytes, ahead_lines; /* in all, and lines a chunk */
-    int64_t prepared;                 /* the panel that the kernels are prepared for */
+    int64_t prepared; /* the panel that the kernels are prepared for */
 } strip;
 
 /* A panel's share of the lines that the next group will touch, in the order in which they lie. */
@@ -108,15 +108,21 @@ static void fetch_ahead(const sb_target *t, int64_t first, int64_t bytes) {
     }
 }
 
+/* The values of a block row, where it has them one after the other. */
+static const char *row_values(const sb_layer *layer, int64_t row) {
+    if (layer->arranged_bytes) return arranged_panel(layer, row, 0);
+    return (const char *)layer->weight.values + layer->starts[row] * layer->weight.block_stride * sb_size_of(layer->dtype);
+}
+
 sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel) {
     const sb_weight *w = &layer->weight;
-    const int64_t start = w->crow[row], size = sb_size_of(layer->dtype);
+    const int64_t start = layer->starts[row], size = sb_size_of(layer->dtype);
     sb_tile tile = {.cols = w->cols + start,
-                    .blocks = w->crow[row + 1] - start,
+                    .blocks = layer->ends[row] - start,
                     .chunks = w->block_in / layer->chunk,
                     .chunk = layer->chunk};
     if (layer->arranged_bytes) {
-        tile.w = arranged_panel(layer, row, offset);
+        tile.w = arranged_panel(layer, row, offset) + (start - w->crow[row]) * w->block_in * panel * size;
         tile.block_stride = w->block_in * panel;
         tile.row_stride = panel;
     } else {
@@ -129,9 +135,26 @@ sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_
     return tile;
 }
 
-static void add_panel(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel, strip *s) {
+/* A panel's tiles fetch their share of what its place in the next strip will read: so many lines a chunk that it has
+ * come when the strip is done. */
+static void set_ahead(const sb_layer *layer, const sb_target *t, int64_t row, int64_t offset, int64_t panel, sb_tile *tile) {
+    enum { MOST = 8 };
+    const int64_t height = layer->weight.block_out, groups = sb_ceil_div(t->tokens, t->group);
+    const int64_t chunks = tile->blocks * tile->chunks * groups;
+    int64_t next = row + sb_max(SB_MAX_PANEL / height, 1);
+    const sb_layer *of = next < layer->rows ? layer : t->following;
+    if (of != layer || next >= layer->rows) next -= layer->rows;
+    if (!of || next >= of->rows || !chunks) return;
+    const int64_t bytes = (of->ends[next] - of->starts[next]) * of->weight.block_stride * sb_size_of(of->dtype);
+    tile->ahead = row_values(of, next) + bytes * offset / height;
+    tile->ahead_lines = sb_min(sb_ceil_div(bytes * panel / height, 64 * chunks), MOST);
+}
+
+static void add_panel(const sb_layer *layer, const sb_target *t, int64_t row, int64_t offset, int64_t panel, strip *s) {
     if (!s->count) s->column = row * layer->weight.block_out + offset;
-    s->tiles[s->count] = sb_layer_tile(layer, row, offset, panel);
+    sb_tile *tile = &s->tiles[s->count];
+    *tile = sb_layer_tile(layer, row, offset, panel);
+    if (t->following) set_ahead(layer, t, row, offset, panel, tile);
     s->panels[s->count++] = panel;
     s->width += panel;
 }
@@ -158,19 +181,9 @@ static void multiply(const sb_layer *layer, strip *s, const sb_tile *group, int6
         tile->groups = group->groups;
         tile->group_bytes = group->group_bytes;
         tile->stream = group->stream;
-        tile->ahead = s->ahead;
-        tile->ahead_lines = s->ahead_lines;
-        s->ahead += tile->blocks * tile->chunks * tile->groups * tile->ahead_lines * 64;
         kernels->tile(layer->dtype, s->panels[p], tokens, tile);
+        tile->ahead += tile->blocks * tile->chunks * tile->groups * tile->ahead_lines * 64;
     }
-}
-
-/* So many lines a chunk that the run is fetched when the strip is done. */
-static void plan_ahead(strip *s, int64_t groups) {
-    enum { MOST = 8 };
-    int64_t chunks = 0;
-    for (int64_t p = 0; p < s->count; p++) chunks += s->tiles[p].blocks * s->tiles[p].chunks * groups;
-    s->ahead_lines = chunks ? sb_min(sb_ceil_div(s->ahead_bytes, 64 * chunks), MOST) : 0;
 }
 
 /* Whether tiles can finish this strip's results themselves, which spares a round of loads and stores. Panels narrower
@@ -238,8 +251,7 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
     sb_epilogue e = sb_layer_epilogue(layer, t, column, s->width);
     if (e.columns <= 0 && e.packed_columns <= 0) return;
     e.acc = acc;
-    const int64_t groups = sb_ceil_div(t->tokens, t->group), group_bytes = t->group * layer->padded_in * layer->packed_size;
-    plan_ahead(s, groups);
+    const int64_t group_bytes = t->group * layer->padded_in * layer->packed_size;
     const int64_t finished = finishes(layer, t, s, e.columns) ? t->tokens / t->group : 0;
     if (finished) finish_groups(layer, t, s, &e, finished, group_bytes);
     if (t->ahead_y) fetch_ahead(t, column * t->group * size, e.columns * t->group * size);
@@ -259,26 +271,8 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
     }
 }
 
-/* The values of block rows [first, last) as tiles read them, for a strip to fetch. */
-static void fetch_rows(const sb_layer *layer, int64_t first, int64_t last, strip *s) {
-    const sb_weight *w = &layer->weight;
-    const int64_t size = sb_size_of(layer->dtype);
-    s->ahead = layer->arranged_bytes ? arranged_panel(layer, first, 0)
-                                     : (const char *)w->values + w->crow[first] * w->block_stride * size;
-    s->ahead_bytes = (w->crow[last] - w->crow[first]) * w->block_out * w->block_in * size;
-}
-
-/* What the strip that follows the one at `row` will read. */
-static void set_ahead(const sb_layer *layer, const sb_target *t, int64_t row, int64_t rows, strip *s) {
-    if (!t->following) return;
-    const int64_t next = row + rows;
-    if (next < layer->rows) fetch_rows(layer, next, sb_min(next + rows, layer->rows), s);
-    else fetch_rows(t->following, 0, sb_min(rows, t->following->rows), s);
-}
-
 void sb_layer_run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t last, float *acc) {
     if (layer->kernels->run && layer->kernels->run(layer, t, first, last, acc)) return;
-    const int64_t rows = sb_max(SB_MAX_PANEL / layer->weight.block_out, 1);
     strip s = {0};
     for (int64_t row = first; row < last; row++)
         for (int64_t offset = 0, panel; offset < layer->weight.block_out; offset += panel) {
@@ -287,8 +281,7 @@ void sb_layer_run(const sb_layer *layer, const sb_target *t, int64_t first, int6
                 run_strip(layer, t, &s, acc);
                 s = (strip){0};
             }
-            if (!s.count && !offset) set_ahead(layer, t, row, rows, &s);
-            add_panel(layer, row, offset, panel, &s);
+            add_panel(layer, t, row, offset, panel, &s);
         }
     if (s.count) run_strip(layer, t, &s, acc);
     if (layer->kernels->finish) layer->kernels->finish();

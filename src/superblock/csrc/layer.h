@@ -9,7 +9,8 @@
 typedef struct sb_layer {
     const sb_kernels *kernels;
     sb_weight weight;
-    int64_t rows, padded_in, panel, max_group, chunk;
+    const int32_t *starts, *ends; /* of every block row's entries; fewer than all where only some columns are multiplied */
+    int64_t rows, padded_in, panel, max_group, chunk; /* padded_in: of the columns that are multiplied */
     int32_t dtype, packed_size;
     size_t arranged_bytes; /* for the values, where they lie otherwise than tiles want; else 0 */
     char *arranged;
