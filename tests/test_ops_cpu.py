@@ -96,6 +96,10 @@ def test_large_results_and_more_tokens_than_a_tile() -> None:
     for activation in ("none", "gelu"):
         y = cpu.linear(x, values, crow, col, None, None, 768, 32, activation)
         assert_near(y, reference.linear(x.double(), values.double(), crow, col, None, None, 768, 32, activation))
+    both = cpu.linear_with_preactivation(x, values, crow, col, None, 768, 32, "gelu")
+    wide = reference.linear_with_preactivation(x.double(), values.double(), crow, col, None, 768, 32, "gelu")
+    for got, want in zip(both, wide, strict=True):
+        assert_near(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -99,7 +99,8 @@ SB_INLINE void epilogue_rows(int dtype, int activation, const int residual, cons
             vec z = load(l.acc + m * l.acc_stride + n) + load(bias + n), r = splat(0.0f);
             if (residual) r = load_part(dtype, l.residual, m * l.residual_stride + n, left);
             if (residual == RESIDUAL_FIRST) z += r;
-            if (preactivation) store_part(dtype, l.preactivation, m * l.y_stride + n, left, z);
+            if (preactivation && stream) stream_as(dtype, l.preactivation, m * l.y_stride + n, z);
+            else if (preactivation) store_part(dtype, l.preactivation, m * l.y_stride + n, left, z);
             vec y = activate(activation, z);
             if (residual == RESIDUAL_LAST) y += r;
             if (stream) stream_as(dtype, l.y, m * l.y_stride + n, y);
@@ -122,6 +123,8 @@ SB_INLINE void epilogue_of(int dtype, int activation, const sb_epilogue *e) {
             }
     } else if (!whole) {
         epilogue_rows(dtype, activation, residual, e->preactivation != NULL, 0, 0, bias, e);
+    } else if (e->preactivation && e->stream && !residual) {
+        epilogue_rows(dtype, activation, NO_RESIDUAL, 1, 1, 1, bias, e);
     } else if (e->preactivation) {
         epilogue_rows(dtype, activation, residual, 1, 1, 0, bias, e);
     } else if (residual == RESIDUAL_FIRST) {

@@ -154,7 +154,7 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
         .activation = t->activation,
         .residual_first = t->residual_first,
         .stream = t->stream && width * size % 64 == 0 && column * size % 64 == 0 && t->y_stride * size % 64 == 0 &&
-                  (uintptr_t)t->y % 64 == 0,
+                  (uintptr_t)t->y % 64 == 0 && (uintptr_t)t->preactivation % 64 == 0,
     };
     if (columns <= 0 && e.packed_columns <= 0) return;
     if (t->ahead_y) fetch_ahead(t, column * t->group * size, columns * t->group * size);
