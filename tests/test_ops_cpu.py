@@ -139,6 +139,15 @@ def test_gradients_of_activation_and_bias(leading: tuple[int, ...], features: in
             assert_near(dbias, want.reshape(-1, features).sum(0))
 
 
+def test_a_large_gradient_of_an_activation() -> None:
+    """9 MB of float32, written past the caches."""
+    z, grad = 3 * torch.randn(3001, 768), torch.randn(3001, 768)
+    dz, dbias = cpu.activation_gradient(grad, z, "gelu")
+    want = _gradient(grad.double(), z.double(), "gelu")
+    assert_near(dz, want)
+    assert_near(dbias, want.sum(0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slopes_at_their_extremes(dtype: torch.dtype) -> None:
     z = torch.cat([torch.linspace(-12, 12, 5001), torch.tensor([0.0, -0.0, 1e4, -1e4])]).to(dtype)[:, None]

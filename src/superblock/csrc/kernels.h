@@ -65,8 +65,9 @@ typedef struct sb_kernels {
     void (*softmax)(float *row, int64_t count, int64_t padded, float scale);
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */
     void (*transpose)(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out);
-    /* dz for tokens `start` to `stop`, added to `sums` too, which reach a whole vector. */
-    void (*gradient)(const sb_gradient *gradient, int64_t start, int64_t stop, float *sums);
+    /* dz for tokens `start` to `stop`, written around the caches to `stream`, where rows are whole lines; added to
+     * `sums` too, which reach a whole vector. */
+    void (*gradient)(const sb_gradient *gradient, int64_t start, int64_t stop, int stream, float *sums);
     void (*outer)(const sb_outer *outer);
     /* out [height][width] += dyᵀ x for operands laid out as [tokens / 32][height][32] and [tokens / 32][16][width][2],
      * sides multiples of 16, once prepared for a panel, group and chunk of 32; NULL: only the above. */

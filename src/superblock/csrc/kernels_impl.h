@@ -155,20 +155,25 @@ SB_INLINE void epilogue_of(int dtype, int activation, const sb_epilogue *e) {
 static void epilogue(const sb_epilogue *e) { SB_SPECIALIZE(e->dtype, e->activation, epilogue_of, e) }
 
 SB_INLINE void gradient_of(int dtype, int activation, const sb_gradient *gradient, int64_t start, int64_t stop,
-                           float *sums) {
+                           int stream, float *sums) {
+    enum { AHEAD = 2048 }; /* bytes: the hardware's own fetches end at pages (3072 features: 5.0 -> 3.1 ms) */
     const sb_gradient g = *gradient;
+    const char *z_ahead = (const char *)g.z + AHEAD, *grad_ahead = (const char *)g.grad + AHEAD;
     for (int64_t t = start; t < stop; t++)
         for (int64_t n = 0; n < g.features; n += SB_LANES) {
-            const int64_t at = t * g.features + n, left = g.features - n;
+            const int64_t at = t * g.features + n, from = t * g.grad_stride + n, left = g.features - n;
+            __builtin_prefetch(z_ahead + at * size_of(dtype));
+            __builtin_prefetch(grad_ahead + from * size_of(dtype));
             vec z = load_part(dtype, g.z, at, left);
-            vec dz = load_part(dtype, g.grad, t * g.grad_stride + n, left) * slope(activation, z);
-            store_part(dtype, g.dz, at, left, dz);
+            vec dz = load_part(dtype, g.grad, from, left) * slope(activation, z);
+            if (stream) stream_as(dtype, g.dz, at, dz);
+            else store_part(dtype, g.dz, at, left, dz);
             store(sums + n, load(sums + n) + dz);
         }
 }
 
-static void gradient(const sb_gradient *g, int64_t start, int64_t stop, float *sums) {
-    SB_SPECIALIZE(g->dtype, g->activation, gradient_of, g, start, stop, sums)
+static void gradient(const sb_gradient *g, int64_t start, int64_t stop, int stream, float *sums) {
+    SB_SPECIALIZE(g->dtype, g->activation, gradient_of, g, start, stop, stream, sums)
 }
 
 /* The largest lane, or the sum of all. */
