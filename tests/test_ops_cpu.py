@@ -103,6 +103,20 @@ def test_large_results_and_more_tokens_than_a_tile() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("out", "in_", "block"), [(2200, 90, (48, 16)), (100, 2100, (32, 64)), (1100, 1050, (24, 40))])
+def test_gradients_of_values_over_many_cells_and_tiles(
+    out: int, in_: int, block: tuple[int, int], dtype: torch.dtype
+) -> None:
+    _, crow, col = random_weight(out, in_, block, density=0.2)
+    grad, x = torch.randn(301, out).to(dtype), torch.randn(301, in_ + 3).to(dtype)[:, :in_]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        values = cpu.grad_values(grad, x, crow, col, out, in_, *block)
+        assert_near(values, reference.grad_values(grad.double(), x.double(), crow, col, out, in_, *block))
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_at_their_extremes(dtype: torch.dtype) -> None:
     """An identity weight: what comes out is the activation of the bias-free input, NaN and infinities included."""
     x = torch.cat(

@@ -34,11 +34,20 @@ typedef struct {
     int32_t stream; /* write around the caches where whole lines allow */
 } sb_epilogue;
 
-/* out[i][j] += sum over tokens of a[t][i] * b[t][j], for 8 rows i. */
+/* Tokens by block, as floats: out[i][t][n] is feature n of panel `panels[i]`, zero past the last feature. */
+typedef struct {
+    const void *source;
+    float *out;
+    const int32_t *panels;
+    int64_t count, stride, tokens, features, width, out_stride;
+    int32_t dtype;
+} sb_panels;
+
+/* out[i][j] += sum over tokens of a[t][i] * b[t][j], all dense; height and width are multiples of 8. */
 typedef struct {
     const float *a, *b;
     float *out;
-    int64_t tokens, a_stride, b_stride, out_stride, columns;
+    int64_t tokens, height, width;
 } sb_outer;
 
 typedef struct sb_kernels {
@@ -59,7 +68,7 @@ typedef struct sb_kernels {
     /* Before and after a thread's run of tiles of one shape; NULL: they need nothing. */
     void (*prepare)(int64_t panel, int64_t group, int64_t chunk);
     void (*finish)(void);
-    void (*widen)(int dtype, const void *source, int64_t count, float *target);
+    void (*lay_out)(const sb_panels *panels);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
     /* A row of `count` scores, times `scale`, to probabilities, in place; zeros up to `padded`. */
     void (*softmax)(float *row, int64_t count, int64_t padded, float scale);

@@ -230,48 +230,74 @@ static void transpose(int size, const void *in, int64_t in_stride, int64_t rows,
     }
 }
 
+SB_INLINE void lay_out_of(int dtype, const int whole, const sb_panels *panels) {
+    const sb_panels p = *panels;
+    for (int64_t t = 0; t < p.tokens; t++)
+        for (int64_t i = 0; i < p.count; i++) {
+            const int64_t first = p.panels[i] * p.width, from = t * p.stride + first;
+            float *out = p.out + i * p.out_stride + t * p.width;
+            for (int64_t n = 0; n < p.width; n += SB_LANES) {
+                const int64_t left = p.features - first - n, valid = left < 0 ? 0 : left;
+                if (whole && left >= SB_LANES) store(out + n, load_as(dtype, p.source, from + n));
+                else store_part(SB_FLOAT32, out, n, p.width - n, load_part(dtype, p.source, from + n, valid));
+            }
+        }
+}
+
+static void lay_out(const sb_panels *p) {
+    const int whole = p->width % SB_LANES == 0;
+    if (p->dtype == SB_FLOAT32 && whole) lay_out_of(SB_FLOAT32, 1, p);
+    else if (p->dtype == SB_FLOAT32) lay_out_of(SB_FLOAT32, 0, p);
+    else if (p->dtype == SB_BFLOAT16) lay_out_of(SB_BFLOAT16, whole, p);
+    else lay_out_of(SB_FLOAT16, whole, p);
+}
+
 /* A register tile of the outer products: `rows` x `vectors` accumulators over all tokens of the tile. */
-SB_INLINE void outer_tile(const int rows, const int vectors, const int half, const sb_outer *o) {
-    vec acc[8][2];
+SB_INLINE void outer_tile(const int rows, const int vectors, const int half, const sb_outer *o, int64_t row,
+                          int64_t column) {
+    vec acc[16][4];
+    const int64_t height = o->height, width = o->width, lanes = half ? SB_LANES / 2 : SB_LANES;
+    const float *a = o->a + row, *b = o->b + column;
+    float *out = o->out + row * width + column;
     SB_UNROLL for (int i = 0; i < rows; i++)
-        SB_UNROLL for (int v = 0; v < vectors; v++) acc[i][v] = splat(0.0f);
-    const float *a = o->a, *b = o->b;
-    for (int64_t t = 0; t < o->tokens; t++, a += o->a_stride, b += o->b_stride) {
-        vec right[2];
+        SB_UNROLL for (int v = 0; v < vectors; v++)
+            acc[i][v] = load_part(SB_FLOAT32, out, i * width + v * SB_LANES, lanes);
+    for (int64_t t = 0; t < o->tokens; t++, a += height, b += width) {
+        vec right[4];
         SB_UNROLL for (int v = 0; v < vectors; v++) right[v] = load_weights(SB_FLOAT32, b, v * SB_LANES, half);
         SB_UNROLL for (int i = 0; i < rows; i++) {
             vec left = splat(a[i]);
             SB_UNROLL for (int v = 0; v < vectors; v++) acc[i][v] += left * right[v];
         }
     }
-    const int64_t width = half ? SB_LANES / 2 : SB_LANES;
     SB_UNROLL for (int i = 0; i < rows; i++)
-        SB_UNROLL for (int v = 0; v < vectors; v++) {
-            float *out = o->out + i * o->out_stride + v * SB_LANES;
-            store_part(SB_FLOAT32, out, 0, width, acc[i][v] + load_part(SB_FLOAT32, out, 0, width));
-        }
+        SB_UNROLL for (int v = 0; v < vectors; v++)
+            store_part(SB_FLOAT32, out, i * width + v * SB_LANES, lanes, acc[i][v]);
 }
 
-/* out [8, columns] += aᵀ b, columns a multiple of 8. */
-static void outer(const sb_outer *whole) {
-    enum { ROWS = SB_LANES == 16 ? 8 : 4 };
-    for (int64_t i = 0; i < 8; i += ROWS) {
-        for (int64_t j = 0; j < whole->columns;) {
-            sb_outer o = *whole;
-            o.a += i;
-            o.b += j;
-            o.out += i * o.out_stride + j;
-            if (o.columns - j >= 2 * SB_LANES) {
-                outer_tile(ROWS, 2, 0, &o);
-                j += 2 * SB_LANES;
-            } else if (o.columns - j >= SB_LANES) {
-                outer_tile(ROWS, 1, 0, &o);
-                j += SB_LANES;
-            } else {
-                outer_tile(ROWS, 1, 1, &o);
-                j += SB_LANES / 2;
-            }
-        }
+/* Columns of a block in tiles of `most` rows; heights are multiples of 8, what is left one of `least`. */
+SB_INLINE void outer_columns(const int most, const int least, const int vectors, const int half, const sb_outer *o,
+                             int64_t column) {
+    int64_t i = 0;
+    for (; i + most <= o->height; i += most) outer_tile(most, vectors, half, o, i, column);
+    for (; i < o->height; i += least) outer_tile(least, vectors, half, o, i, column);
+}
+
+static void outer(const sb_outer *o) {
+    enum { WIDE = SB_LANES == 16 ? 4 : 2 };
+    for (int64_t j = 0; j < o->width;) {
+        const int64_t vectors = (o->width - j) / SB_LANES;
+#if SB_LANES == 16
+        if (vectors >= 4) outer_columns(6, 2, 4, 0, o, j);
+        else if (vectors >= 2) outer_columns(12, 4, 2, 0, o, j);
+        else if (vectors) outer_columns(16, 8, 1, 0, o, j);
+        else outer_columns(16, 8, 1, 1, o, j);
+#else
+        if (vectors >= 2) outer_columns(4, 4, 2, 0, o, j);
+        else if (vectors) outer_columns(4, 4, 1, 0, o, j);
+        else outer_columns(4, 4, 1, 1, o, j);
+#endif
+        j += (vectors >= WIDE ? WIDE : vectors >= 2 ? 2 : 1) * SB_LANES;
     }
 }
 
@@ -305,5 +331,5 @@ static double peak(int dtype, int64_t iterations) {
 #endif
 #define SB_COMMON_KERNELS                                                                                          \
     .supported = supported, .longest_chunk = SB_LONGEST_CHUNK, .lanes = SB_LANES, .tile = tile,                    \
-    .epilogue = epilogue, .pack = pack, .widen = widen, .narrow = narrow, .softmax = softmax, .transpose = transpose, .outer = outer,    \
-    .gradient = gradient, .peak = peak
+    .epilogue = epilogue, .pack = pack, .lay_out = lay_out, .narrow = narrow, .softmax = softmax,                  \
+    .transpose = transpose, .outer = outer, .gradient = gradient, .peak = peak
