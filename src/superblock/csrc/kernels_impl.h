@@ -222,7 +222,49 @@ static void softmax(float *row, int64_t count, int64_t padded, float scale) {
                 SB_UNROLL for (int l = 0; l < 8; l++) to[k * rows + l] = from[l * in_stride + k];            \
         }
 
+#if SB_LANES == 16
+/* 32 rows of 16: pairs of rows are interleaved, and the pairs transposed. */
+SB_INLINE void transpose_32_by_16(const uint16_t *in, int64_t in_stride, uint16_t *out, int64_t out_stride) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i a[16], b[16];
+    SB_UNROLL for (int i = 0; i < 16; i++, in += 2 * in_stride) {
+        const __m256i even = _mm256_loadu_si256((const __m256i *)in);
+        const __m256i odd = _mm256_loadu_si256((const __m256i *)(in + in_stride));
+        a[i] = _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1));
+    }
+    SB_UNROLL for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    SB_UNROLL for (int i = 0; i < 16; i += 4)
+        SB_UNROLL for (int k = 0; k < 2; k++) {
+            a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + k + 2]);
+            a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + k + 2]);
+        }
+    SB_UNROLL for (int k = 0; k < 4; k++) { /* a[4 i + k]: columns k, 4 + k, 8 + k, 12 + k of four pairs of rows */
+        const __m512i first = _mm512_shuffle_i32x4(a[k], a[4 + k], 0x88);
+        const __m512i second = _mm512_shuffle_i32x4(a[k], a[4 + k], 0xdd);
+        const __m512i third = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0x88);
+        const __m512i fourth = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0xdd);
+        _mm512_storeu_si512(out + k * out_stride, _mm512_shuffle_i32x4(first, third, 0x88));
+        _mm512_storeu_si512(out + (4 + k) * out_stride, _mm512_shuffle_i32x4(second, fourth, 0x88));
+        _mm512_storeu_si512(out + (8 + k) * out_stride, _mm512_shuffle_i32x4(first, third, 0xdd));
+        _mm512_storeu_si512(out + (12 + k) * out_stride, _mm512_shuffle_i32x4(second, fourth, 0xdd));
+    }
+}
+#endif
+
 static void transpose(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out) {
+#if SB_LANES == 16
+    if (size == 2 && rows % 32 == 0 && columns % 16 == 0) {
+        for (int64_t j = 0; j < columns; j += 16)
+            for (int64_t i = 0; i < rows; i += 32)
+                transpose_32_by_16((const uint16_t *)in + i * in_stride + j, in_stride, (uint16_t *)out + j * rows + i,
+                                   rows);
+        return;
+    }
+#endif
     if (size == 4) {
         SB_TRANSPOSE(uint32_t)
     } else {
