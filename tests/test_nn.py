@@ -243,3 +243,14 @@ def test_wrong_input_is_told() -> None:
     _, layer = linear_pair()
     with pytest.raises(MatrixError, match=r"x must be \[..., 24\]"):
         layer(torch.randn(3, 25))
+
+
+@pytest.mark.parametrize("blocksize", [16, 5])
+def test_autograd_takes_the_gradient_of_the_values_as_it_lies(blocksize: int) -> None:
+    layer = BSRLinear(BSRMatrix.from_dense(torch.randn(32, 48), blocksize))
+    made: list[int] = []
+    layer.values.register_hook(lambda gradient: made.append(gradient.data_ptr()))
+    layer(torch.randn(4, 48)).sum().backward()
+    assert layer.values.grad is not None
+    assert layer.values.grad.stride() == layer.values.stride()
+    assert made == [layer.values.grad.data_ptr()]

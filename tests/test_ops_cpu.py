@@ -128,6 +128,24 @@ def test_large_results_and_more_tokens_than_a_tile() -> None:
     for activation in ("none", "gelu"):
         y = cpu.linear(x, values, crow, col, None, None, 768, 32, activation)
         assert_near(y, reference.linear(x.double(), values.double(), crow, col, None, None, 768, 32, activation))
+    both = cpu.linear_with_preactivation(x, values, crow, col, None, 768, 32, "gelu")
+    wide = reference.linear_with_preactivation(x.double(), values.double(), crow, col, None, 768, 32, "gelu")
+    for got, want in zip(both, wide, strict=True):
+        assert_near(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("out", "in_", "block"), [(2200, 90, (48, 16)), (100, 2100, (32, 64)), (1100, 1050, (24, 40))])
+def test_gradients_of_values_over_many_cells_and_tiles(
+    out: int, in_: int, block: tuple[int, int], dtype: torch.dtype
+) -> None:
+    _, crow, col = random_weight(out, in_, block, density=0.2)
+    grad, x = torch.randn(301, out).to(dtype), torch.randn(301, in_ + 3).to(dtype)[:, :in_]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        values = cpu.grad_values(grad, x, crow, col, out, in_, *block)
+        assert_near(values, reference.grad_values(grad.double(), x.double(), crow, col, out, in_, *block))
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("tokens", [6001, 22001])
@@ -177,6 +195,15 @@ def test_gradients_of_activation_and_bias(leading: tuple[int, ...], features: in
             want = _gradient(strided.double(), z.double(), activation)
             assert_near(dz, want)
             assert_near(dbias, want.reshape(-1, features).sum(0))
+
+
+def test_a_large_gradient_of_an_activation() -> None:
+    """9 MB of float32, written past the caches."""
+    z, grad = 3 * torch.randn(3001, 768), torch.randn(3001, 768)
+    dz, dbias = cpu.activation_gradient(grad, z, "gelu")
+    want = _gradient(grad.double(), z.double(), "gelu")
+    assert_near(dz, want)
+    assert_near(dbias, want.sum(0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -196,7 +196,7 @@ static int check(int round) {
                     double want = 0;
                     for (int64_t t = 0; t < tokens && r * bh + i < out && cols[b] * bw + j < in; t++)
                         want += get(residual, dtype, t * out + r * bh + i) * get(x, dtype, t * in + cols[b] * bw + j);
-                    if (!(fabs(get(gradient, dtype, (b * bh + i) * bw + j) - want) < tolerance)) bad = 1;
+                    if (!(fabs(get(gradient, dtype, b * bh * bw + i * out_stride + j * in_stride) - want) < tolerance)) bad = 1;
                 }
     bad |= check_normalized(p, tolerance);
     free(crow), free(cols), free(values), free(x), free(bias), free(residual), free(y), free(gradient);

@@ -126,6 +126,14 @@ static void pair(const uint16_t *in, int64_t out_stride, int64_t in_stride, int6
 
 #include "amx_run.h"
 
+/* The sums after these, which may be the next block's: loading them from L2 took as long as the products. */
+SB_INLINE void fetch_sums(const float *sums, int64_t width) {
+    for (int64_t i = 0; i < 2 * SIDE; i++) {
+        __builtin_prefetch(sums + i * width, 1);
+        __builtin_prefetch(sums + i * width + SIDE, 1);
+    }
+}
+
 static void outer_pairs(const uint16_t *dy, const uint16_t *x, float *out, int64_t tokens, int64_t height, int64_t width) {
     enum { TOKENS = SB_LONGEST_CHUNK };
     static const int32_t first[] = {0};
@@ -138,6 +146,7 @@ static void outer_pairs(const uint16_t *dy, const uint16_t *x, float *out, int64
                                .chunks = tokens / TOKENS,
                                .acc = out + i * width + j,
                                .acc_stride = width};
+            fetch_sums(width - j > 2 * SIDE ? t.acc + 2 * SIDE : out + (i + 2 * SIDE) * width, width);
             if (height - i > SIDE && width - j > SIDE) multiply(1, 2, 2, TOKENS, width, height, &t);
             else if (height - i > SIDE) multiply(1, 2, 1, TOKENS, width, height, &t);
             else if (width - j > SIDE) multiply(1, 1, 2, TOKENS, width, height, &t);

@@ -41,11 +41,20 @@ typedef struct {
     int32_t stream; /* write around the caches where whole lines allow */
 } sb_epilogue;
 
-/* out[i][j] += sum over tokens of a[t][i] * b[t][j], for 8 rows i. */
+/* Tokens by block, as floats: out[i][t][n] is feature n of panel `panels[i]`, zero past the last feature. */
+typedef struct {
+    const void *source;
+    float *out;
+    const int32_t *panels;
+    int64_t count, stride, tokens, features, width, out_stride;
+    int32_t dtype;
+} sb_panels;
+
+/* out[i][j] += sum over tokens of a[t][i] * b[t][j], all dense; height and width are multiples of 8. */
 typedef struct {
     const float *a, *b;
     float *out;
-    int64_t tokens, a_stride, b_stride, out_stride, columns;
+    int64_t tokens, height, width;
 } sb_outer;
 
 struct sb_layer;
@@ -72,15 +81,16 @@ typedef struct sb_kernels {
     void (*finish)(void);
     /* sb_layer_run, where these kernels walk a layer in a way of their own; false: they leave this one. NULL: all. */
     int (*run)(const struct sb_layer *layer, const struct sb_target *target, int64_t first, int64_t last, float *acc);
-    void (*widen)(int dtype, const void *source, int64_t count, float *target);
+    void (*lay_out)(const sb_panels *panels);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
     void (*normalize)(int dtype, const sb_norm *norm, const void *row, int64_t features, void *out);
     /* A row of `count` scores, times `scale`, to probabilities, in place; zeros up to `padded`. */
     void (*softmax)(float *row, int64_t count, int64_t padded, float scale);
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */
     void (*transpose)(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out);
-    /* dz for tokens `start` to `stop`, added to `sums` too, which reach a whole vector. */
-    void (*gradient)(const sb_gradient *gradient, int64_t start, int64_t stop, float *sums);
+    /* dz for tokens `start` to `stop`, written around the caches to `stream`, where rows are whole lines; added to
+     * `sums` too, which reach a whole vector. */
+    void (*gradient)(const sb_gradient *gradient, int64_t start, int64_t stop, int stream, float *sums);
     void (*outer)(const sb_outer *outer);
     /* out [height][width] += dyᵀ x for operands laid out as [tokens / 32][height][32] and [tokens / 32][16][width][2],
      * sides multiples of 16, once prepared for a panel and chunk of 32; NULL: only the above. */

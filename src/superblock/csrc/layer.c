@@ -230,7 +230,7 @@ sb_epilogue sb_layer_epilogue(const sb_layer *layer, const sb_target *t, int64_t
         .activation = t->activation,
         .residual_first = t->residual_first,
         .stream = t->stream && width * size % 64 == 0 && column * size % 64 == 0 && t->y_stride * size % 64 == 0 &&
-                  (uintptr_t)t->y % 64 == 0,
+                  (uintptr_t)t->y % 64 == 0 && (uintptr_t)t->preactivation % 64 == 0,
     };
 }
 

@@ -30,20 +30,13 @@ typedef struct {
     int64_t splits;             /* parts that the block rows are cut into */
 } partition;
 
-/* Results of more than this leave the caches before anyone reads them, so writing around the caches loses nothing and
- * spares reading every line first (768 x 3072, 1576 tokens, float32, 90 %: 5.6 -> 4.5 ms). */
-enum { STREAMED_BYTES = 8 << 20 };
-/* Beyond what malloc reuses, y is pages that the kernel has just zeroed in the caches: writing around those writes them
- * twice (64 -> 256 channels, 56 x 56, 16 images, float32: 47 ms streamed, 26 not, 18 of them the kernel's). */
-enum { REUSED_BYTES = 32 << 20 };
-
-/* Ask for those pages in pieces of 2 MB: faults of 4 KB cost more than the product (64 -> 256 channels: 26 -> 12 ms). */
+/* Ask for fresh pages in pieces of 2 MB: faults of 4 KB cost more than the product (64 -> 256 channels: 26 -> 12 ms). */
 static void prefer_huge_pages(const sb_product *p) {
 #if defined(MADV_HUGEPAGE)
     enum { HUGE = 2 << 20 };
     const int64_t bytes = ((p->tokens - 1) * p->y_stride + p->weight.out_features) * sb_size_of(p->dtype);
     const uintptr_t y = (uintptr_t)p->y, start = (y + HUGE - 1) / HUGE * HUGE, end = (y + (size_t)bytes) / HUGE * HUGE;
-    if (bytes > REUSED_BYTES) madvise((void *)start, end - start, MADV_HUGEPAGE);
+    if (bytes > SB_REUSED_BYTES) madvise((void *)start, end - start, MADV_HUGEPAGE);
 #else
     (void)p;
 #endif
@@ -149,20 +142,13 @@ static sb_target target_of(const sb_product *p, int64_t start, int64_t tokens, i
         .residual_stride = p->residual_stride,
         .activation = p->activation,
         .residual_first = p->residual_first,
-        .stream = written > STREAMED_BYTES && written <= REUSED_BYTES,
+        .stream = sb_streamed(written),
     };
 }
 
 /* Weights that L2 does not hold beside the tokens come from L3 for every tile of tokens: fetched ahead, the next strip's
  * arrive while this one multiplies (4096 -> 4096, float32, 50 %: 123 -> 151 GFLOP/s of one core). */
 enum { RESIDENT_BYTES = 1 << 20 };
-
-/* Streamed stores become visible to other threads in no order of their own. */
-static void finish_stores(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_sfence();
-#endif
-}
 
 /* The weights of one layer or two as tiles want them, in one buffer. */
 static int arrange(sb_layer *first, sb_layer *second, int32_t threads) {
@@ -223,7 +209,7 @@ static int product_item(const void *context, int64_t item) {
     float *acc = (float *)(scratch + packed_bytes);
     if (job->by_group) run_by_group(layer, &target, first, last, acc);
     else sb_layer_run(layer, &target, first, last, acc);
-    finish_stores();
+    sb_finish_stores();
     return SB_OK;
 }
 
@@ -311,7 +297,7 @@ SB_API int sb_run_product(const sb_product *p) {
     const int64_t bytes = job.layer.padded_in * job.layer.packed_size, weight_bytes = sb_layer_bytes(&job.layer);
     const int64_t written = p->tokens * p->y_stride * sb_size_of(p->dtype);
     job.by_group = weight_bytes <= RESIDENT_BYTES &&
-                   (p->residual || (job.layer.kernels->run && written > REUSED_BYTES));
+                   (p->residual || (job.layer.kernels->run && written > SB_REUSED_BYTES));
     job.following = weight_bytes > RESIDENT_BYTES ? &job.layer : NULL;
     job.partition = cut(p->tokens, job.layer.max_group, bytes, tile_bytes(&job.layer, weight_bytes), job.layer.rows,
                         threads);
@@ -370,7 +356,7 @@ static int feed_forward_item(const void *context, int64_t item) {
     outer.packed = hidden;
     outer.following = job->resident ? NULL : first;
     sb_layer_run(second, &outer, 0, second->rows, acc);
-    finish_stores();
+    sb_finish_stores();
     return SB_OK;
 }
 

@@ -1,145 +1,250 @@
 /* The gradient of the values: dvalues[b] = dyᵀ x at the living blocks.
  *
- * Both operands are first laid out by block, [block row or column][token][features of the block] in float32, or in the
- * pairs that the kernels' own bfloat16 products take, so that every block reads two contiguous runs. Tokens are walked
- * in tiles that keep a block row's operands in L2; a block's sums stay with one thread and one order of tokens, so the
- * result does not depend on the number of threads.
+ * The weight is cut into cells of some block rows and columns, whose sums and operands of a tile of tokens share L2:
+ * tile by tile both operands are laid out by block, [block row or column][token][features of the block] in float32, or
+ * in the pairs that the kernels' own bfloat16 products take, and every living block adds its product. So dy and x are
+ * read once a cell in the order in which they lie, and copies of them never leave L2. A cell's sums stay with one
+ * thread and one order of tokens, so the result does not depend on the number of threads.
  */
 #include "layer.h"
 #include "parallel.h"
 
 #include <string.h>
 
-enum { TOKENS = 128, PAIRED_TOKENS = 32, PAIRED_TILE = 1024 };
+/* Bytes of a token that a cell takes of an operand, and tokens of a tile: 0.5 MB of operands beside the sums. Longer
+ * tiles load and store the sums less often, which pairs wait for longer than for their products. */
+enum { SIDE_BYTES = 4096, TOKENS = 64, PAIRED_TILE = 128, PAIRED_TOKENS = 32 };
+
+/* dy or x: a panel of it is the features of one block row or column. */
+typedef struct {
+    const char *source;
+    int64_t stride, features, width, panels;
+    int64_t parts; /* that its panels are cut into */
+} operand;
 
 typedef struct {
     const sb_sampled *sampled;
     const sb_kernels *kernels;
-    int64_t rows, columns, tokens; /* tokens: padded, where they are paired */
-    int paired;
-    char *grad, *x;  /* by block */
-    int32_t *row_of; /* block row of every entry */
+    operand dy, x;
+    int64_t tile; /* tokens */
+    int paired, x_first; /* x_first: sums are [features of x][features of dy] */
 } sampled_job;
 
-/* One tile of tokens, laid out by block; what lies past the matrix's edge becomes zero. */
-static void lay_out(const sampled_job *job, const void *source, int64_t stride, int64_t features, int64_t width,
-                    int64_t start, int64_t stop, float *target) {
-    const sb_sampled *s = job->sampled;
-    const int64_t blocks = sb_ceil_div(features, width), size = sb_size_of(s->dtype);
-    for (int64_t t = start; t < stop; t++)
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t valid = sb_min(width, features - b * width);
-            float *out = target + (b * s->tokens + t) * width;
-            job->kernels->widen(s->dtype, (const char *)source + (t * stride + b * width) * size, valid, out);
-            memset(out + valid, 0, (size_t)(width - valid) * sizeof *out);
-        }
-}
+/* A living block of a cell, and which of the panels that the cell has in use it multiplies. */
+typedef struct {
+    int32_t block, row, column;
+} entry;
 
-/* The same in pairs: features by tokens for the left operand, pairs of tokens by features for the right one. */
-static int lay_out_pairs(const sampled_job *job, const uint16_t *source, int64_t stride, int64_t features,
-                         int64_t width, int64_t start, int64_t stop, int turned, uint16_t *target) {
-    const int64_t blocks = sb_ceil_div(features, width);
-    uint16_t *padded = sb_scratch(SB_ITEM, (size_t)(PAIRED_TOKENS * width) * sizeof *padded);
-    if (!padded) return SB_NO_MEMORY;
-    for (int64_t t = start; t < stop; t += PAIRED_TOKENS)
-        for (int64_t b = 0; b < blocks; b++) {
-            const uint16_t *in = source + t * stride + b * width;
-            uint16_t *out = target + (b * job->tokens + t) * width;
-            const int64_t tokens = sb_min(PAIRED_TOKENS, job->sampled->tokens - t);
-            const int64_t valid = sb_min(width, features - b * width);
-            const int whole = tokens == PAIRED_TOKENS && valid == width;
-            if (!whole) {
-                memset(padded, 0, (size_t)(PAIRED_TOKENS * width) * sizeof *padded);
-                for (int64_t i = 0; i < tokens; i++)
-                    memcpy(padded + i * width, in + i * stride, (size_t)valid * sizeof *padded);
-                in = padded;
-            }
-            if (turned) job->kernels->transpose(2, in, whole ? stride : width, PAIRED_TOKENS, width, out);
-            else job->kernels->pair(in, 1, whole ? stride : width, width, PAIRED_TOKENS, out);
-        }
-    return SB_OK;
-}
+/* An operand's part in a cell. */
+typedef struct {
+    const operand *of;
+    int64_t first, last; /* panels */
+    int32_t *used, count; /* those with living blocks */
+    char *packed;
+} share;
 
-static int lay_out_item(const void *context, int64_t item) {
-    const sampled_job *job = context;
-    const sb_sampled *s = job->sampled;
-    const sb_weight *w = &s->weight;
-    const int64_t start = item * TOKENS, stop = sb_min(start + TOKENS, s->tokens);
-    if (job->paired) {
-        const int status = lay_out_pairs(job, s->grad, s->grad_stride, w->out_features, w->block_out, start, stop, 1,
-                                         (uint16_t *)job->grad);
-        if (status != SB_OK) return status;
-        return lay_out_pairs(job, s->x, s->x_stride, w->in_features, w->block_in, start, stop, 0, (uint16_t *)job->x);
+typedef struct {
+    share dy, x;
+    entry *entries;
+    int64_t count;
+    float *sums;
+    uint16_t *padded; /* pairs of a panel that the matrix does not fill */
+} cell;
+
+/* The first of entries [from, to) at or past a column. */
+static int32_t find(const int32_t *cols, int32_t from, int32_t to, int64_t column) {
+    while (from < to) {
+        const int32_t middle = from + (to - from) / 2;
+        if (cols[middle] < column) from = middle + 1;
+        else to = middle;
     }
-    lay_out(job, s->grad, s->grad_stride, w->out_features, w->block_out, start, stop, (float *)job->grad);
-    lay_out(job, s->x, s->x_stride, w->in_features, w->block_in, start, stop, (float *)job->x);
-    return SB_OK;
+    return from;
 }
 
-enum { BLOCKS_AN_ITEM = 8 };
+static share share_of(const operand *o, int64_t part) {
+    return (share){.of = o, .first = o->panels * part / o->parts, .last = o->panels * (part + 1) / o->parts};
+}
 
-/* out += dyᵀ x for block b and some tokens. */
-static void add_block(const sampled_job *job, int64_t b, int64_t start, int64_t tokens, float *out) {
-    const sb_weight *w = &job->sampled->weight;
-    const int64_t height = w->block_out, width = w->block_in;
-    const int64_t dy = (job->row_of[b] * job->tokens + start) * height, x = (w->cols[b] * job->tokens + start) * width;
-    if (job->paired) {
-        job->kernels->outer_pairs((uint16_t *)job->grad + dy, (uint16_t *)job->x + x, out, tokens, height, width);
+static int64_t count_blocks(const sb_weight *w, const cell *c) {
+    int64_t count = 0;
+    for (int64_t r = c->dy.first; r < c->dy.last; r++)
+        count += find(w->cols, w->crow[r], w->crow[r + 1], c->x.last) -
+                 find(w->cols, w->crow[r], w->crow[r + 1], c->x.first);
+    return count;
+}
+
+/* The place of a panel among those in use, which `places` remembers plus one. */
+static int32_t place(share *s, int32_t *places, int64_t panel) {
+    int32_t *known = &places[panel - s->first];
+    if (!*known) {
+        s->used[s->count] = (int32_t)panel;
+        *known = ++s->count;
+    }
+    return *known - 1;
+}
+
+static void find_blocks(const sb_weight *w, cell *c, int32_t *places) {
+    int32_t *columns = places + (c->dy.last - c->dy.first);
+    memset(places, 0, (size_t)(c->dy.last - c->dy.first + c->x.last - c->x.first) * sizeof *places);
+    entry *e = c->entries;
+    for (int64_t r = c->dy.first; r < c->dy.last; r++)
+        for (int32_t b = find(w->cols, w->crow[r], w->crow[r + 1], c->x.first);
+             b < w->crow[r + 1] && w->cols[b] < c->x.last; b++)
+            *e++ = (entry){b, place(&c->dy, places, r), place(&c->x, columns, w->cols[b])};
+}
+
+static size_t packed_bytes(const sampled_job *job, const share *s) {
+    return sb_align((size_t)((s->last - s->first) * job->tile * s->of->width * (job->paired ? 2 : 4)));
+}
+
+/* Rows this far apart are no stream to the hardware: their next panel is asked for while this one is turned. */
+static void fetch_ahead(const uint16_t *rows, int64_t stride, int64_t count, int64_t width) {
+    enum { LINE = 32, AHEAD = 64 }; /* elements */
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t n = 0; n < width; n += LINE) __builtin_prefetch(rows + i * stride + n + AHEAD);
+}
+
+/* Tokens [start, start + tokens) of the panels in use, in pairs: features by tokens for the operand that comes first,
+ * pairs of tokens by features for the other. What lies past the last token or feature becomes zero. */
+static void lay_out_pairs(const sampled_job *job, const share *s, int64_t start, int64_t tokens, int turned,
+                          uint16_t *padded) {
+    const operand *o = s->of;
+    for (int64_t t = 0; t < tokens; t += PAIRED_TOKENS)
+        for (int64_t p = 0; p < s->count; p++) {
+            const int64_t feature = s->used[p] * o->width;
+            const int64_t present = sb_min(PAIRED_TOKENS, tokens - t), valid = sb_min(o->width, o->features - feature);
+            const uint16_t *in = (const uint16_t *)o->source + (start + t) * o->stride + feature;
+            uint16_t *out = (uint16_t *)s->packed + (p * job->tile + t) * o->width;
+            int64_t stride = o->stride;
+            fetch_ahead(in, stride, present, o->width);
+            if (present < PAIRED_TOKENS || valid < o->width) {
+                memset(padded, 0, (size_t)(PAIRED_TOKENS * o->width) * sizeof *padded);
+                for (int64_t i = 0; i < present; i++)
+                    memcpy(padded + i * o->width, in + i * stride, (size_t)valid * sizeof *padded);
+                in = padded;
+                stride = o->width;
+            }
+            if (turned) job->kernels->transpose(2, in, stride, PAIRED_TOKENS, o->width, out);
+            else job->kernels->pair(in, 1, stride, o->width, PAIRED_TOKENS, out);
+        }
+}
+
+static void lay_out(const sampled_job *job, const share *s, int64_t start, int64_t tokens) {
+    const operand *o = s->of;
+    job->kernels->lay_out(&(sb_panels){
+        .source = o->source + start * o->stride * sb_size_of(job->sampled->dtype),
+        .out = (float *)s->packed,
+        .panels = s->used,
+        .count = s->count,
+        .stride = o->stride,
+        .tokens = tokens,
+        .features = o->features,
+        .width = o->width,
+        .out_stride = job->tile * o->width,
+        .dtype = job->sampled->dtype,
+    });
+}
+
+/* Every block's product over a tile of tokens, added to its sums. */
+static void add_tile(const sampled_job *job, const cell *c, int64_t tokens) {
+    const share *first = job->x_first ? &c->x : &c->dy, *second = job->x_first ? &c->dy : &c->x;
+    const int64_t height = first->of->width, width = second->of->width, size = job->paired ? 2 : 4;
+    float *out = c->sums;
+    for (const entry *e = c->entries; e < c->entries + c->count; e++, out += height * width) {
+        const void *a = first->packed + (job->x_first ? e->column : e->row) * job->tile * height * size;
+        const void *b = second->packed + (job->x_first ? e->row : e->column) * job->tile * width * size;
+        if (job->paired) job->kernels->outer_pairs(a, b, out, tokens, height, width);
+        else job->kernels->outer(&(sb_outer){a, b, out, tokens, height, width});
+    }
+}
+
+static void run_tile(const sampled_job *job, const cell *c, int64_t start) {
+    const int64_t tokens = sb_min(job->tile, job->sampled->tokens - start);
+    if (!job->paired) {
+        lay_out(job, &c->dy, start, tokens);
+        lay_out(job, &c->x, start, tokens);
+        add_tile(job, c, tokens);
         return;
     }
-    sb_outer o = {
-        .a = (float *)job->grad + dy,
-        .b = (float *)job->x + x,
-        .out = out,
-        .tokens = tokens,
-        .a_stride = height,
-        .b_stride = width,
-        .out_stride = width,
-        .columns = width,
-    };
-    for (int64_t i = 0; i < height; i += 8, o.a += 8, o.out += 8 * width) job->kernels->outer(&o);
+    lay_out_pairs(job, &c->dy, start, tokens, !job->x_first, c->padded);
+    lay_out_pairs(job, &c->x, start, tokens, job->x_first, c->padded);
+    add_tile(job, c, sb_ceil_div(tokens, PAIRED_TOKENS) * PAIRED_TOKENS);
 }
 
-/* A run of blocks: their sums over all tokens, in float32, then in the dtype of the values. */
-static int sampled_item(const void *context, int64_t item) {
-    const sampled_job *job = context;
+/* Sums to values, turned where they lie otherwise. */
+static void store_values(const sampled_job *job, const cell *c) {
     const sb_sampled *s = job->sampled;
     const sb_weight *w = &s->weight;
-    const int64_t first = item * BLOCKS_AN_ITEM, last = sb_min(first + BLOCKS_AN_ITEM, w->crow[job->rows]);
-    const int64_t area = w->block_out * w->block_in;
-    float *sums = sb_scratch(SB_ITEM, (size_t)(BLOCKS_AN_ITEM * area) * sizeof *sums);
-    if (!sums) return SB_NO_MEMORY;
-    memset(sums, 0, (size_t)((last - first) * area) * sizeof *sums);
-    const int64_t tile = job->paired ? PAIRED_TILE : TOKENS;
+    const int64_t area = w->block_out * w->block_in, size = sb_size_of(s->dtype);
+    const int64_t height = job->x_first ? w->block_in : w->block_out;
+    const int turned = job->x_first != (w->out_stride == 1);
+    for (int64_t i = 0; i < c->count; i++) {
+        char *values = (char *)w->values + c->entries[i].block * area * size;
+        float *sums = c->sums + i * area;
+        job->kernels->narrow(s->dtype, sums, area, turned ? (void *)sums : values);
+        if (turned) job->kernels->transpose((int)size, sums, area / height, height, area / height, values);
+    }
+}
+
+static int cell_item(const void *context, int64_t item) {
+    const sampled_job *job = context;
+    const sb_weight *w = &job->sampled->weight;
+    cell c = {.dy = share_of(&job->dy, item / job->x.parts), .x = share_of(&job->x, item % job->x.parts)};
+    c.count = count_blocks(w, &c);
+    if (!c.count) return SB_OK;
+    const size_t sums = sb_align((size_t)(c.count * w->block_out * w->block_in) * sizeof *c.sums);
+    const size_t dy = packed_bytes(job, &c.dy), x = packed_bytes(job, &c.x);
+    const size_t padded = (size_t)(PAIRED_TOKENS * sb_max(w->block_out, w->block_in)) * sizeof *c.padded;
+    const size_t entries = (size_t)c.count * sizeof *c.entries;
+    const int64_t rows = c.dy.last - c.dy.first, columns = c.x.last - c.x.first;
+    const size_t lists = 2 * (size_t)(rows + columns) * sizeof(int32_t);
+    char *memory = sb_scratch(SB_ITEM, sums + dy + x + padded + entries + lists);
+    if (!memory) return SB_NO_MEMORY;
+    c.sums = (float *)memory;
+    c.dy.packed = memory + sums;
+    c.x.packed = c.dy.packed + dy;
+    c.padded = (uint16_t *)(c.x.packed + x);
+    c.entries = (entry *)((char *)c.padded + padded);
+    c.dy.used = (int32_t *)((char *)c.entries + entries);
+    c.x.used = c.dy.used + rows;
+    find_blocks(w, &c, c.x.used + columns);
+    memset(c.sums, 0, sums);
     if (job->paired) job->kernels->prepare(PAIRED_TOKENS, PAIRED_TOKENS);
-    for (int64_t start = 0; start < job->tokens; start += tile)
-        for (int64_t b = first; b < last; b++)
-            add_block(job, b, start, sb_min(tile, job->tokens - start), sums + (b - first) * area);
+    for (int64_t start = 0; start < job->sampled->tokens; start += job->tile) run_tile(job, &c, start);
     if (job->paired) job->kernels->finish();
-    job->kernels->narrow(s->dtype, sums, (last - first) * area,
-                         (char *)w->values + first * area * sb_size_of(s->dtype));
+    store_values(job, &c);
     return SB_OK;
+}
+
+static int64_t parts_of(const operand *o, int64_t size) {
+    return sb_min(sb_ceil_div(o->features * size, SIDE_BYTES), o->panels);
+}
+
+/* Cells of both operands, as many for every thread. */
+static void cut(sampled_job *job) {
+    const int64_t size = job->paired ? 2 : 4, threads = job->sampled->threads;
+    job->dy.parts = parts_of(&job->dy, size);
+    job->x.parts = parts_of(&job->x, size);
+    operand *wide = job->dy.features > job->x.features ? &job->dy : &job->x;
+    const int64_t others = wide == &job->x ? job->dy.parts : job->x.parts;
+    const int64_t cells = sb_ceil_div(wide->parts * others, threads) * threads;
+    wide->parts = sb_min(sb_ceil_div(cells, others), wide->panels);
 }
 
 SB_API int sb_run_sampled(const sb_sampled *s) {
     const sb_weight *w = &s->weight;
-    sampled_job job = {.sampled = s, .kernels = sb_kernels_for(s->dtype, s->tokens), .tokens = s->tokens};
-    job.rows = sb_ceil_div(w->out_features, w->block_out);
-    job.columns = sb_ceil_div(w->in_features, w->block_in);
+    const int64_t rows = sb_ceil_div(w->out_features, w->block_out), columns = sb_ceil_div(w->in_features, w->block_in);
+    if (!w->crow[rows]) return SB_OK;
+    sampled_job job = {
+        .sampled = s,
+        .kernels = sb_kernels_for(s->dtype, s->tokens),
+        .dy = {.source = s->grad, s->grad_stride, w->out_features, w->block_out, rows},
+        .x = {.source = s->x, s->x_stride, w->in_features, w->block_in, columns},
+    };
     job.paired = job.kernels->outer_pairs && w->block_out % 16 == 0 && w->block_in % 16 == 0;
-    if (job.paired) job.tokens = sb_ceil_div(s->tokens, PAIRED_TOKENS) * PAIRED_TOKENS;
-    const int64_t blocks = w->crow[job.rows], size = job.paired ? 2 : 4;
-    if (!blocks) return SB_OK;
-    const size_t grad_bytes = sb_align((size_t)(job.rows * job.tokens * w->block_out * size));
-    const size_t x_bytes = sb_align((size_t)(job.columns * job.tokens * w->block_in * size) + 64);
-    char *memory = sb_scratch(SB_CALL, grad_bytes + x_bytes + (size_t)blocks * sizeof *job.row_of);
-    if (!memory) return SB_NO_MEMORY;
-    job.grad = memory;
-    job.x = memory + grad_bytes;
-    job.row_of = (int32_t *)(job.x + x_bytes);
-    for (int64_t r = 0; r < job.rows; r++)
-        for (int32_t b = w->crow[r]; b < w->crow[r + 1]; b++) job.row_of[b] = (int32_t)r;
-    const int status = sb_parallel(s->threads, sb_ceil_div(s->tokens, TOKENS), lay_out_item, &job);
-    if (status != SB_OK) return status;
-    return sb_parallel(s->threads, sb_ceil_div(blocks, BLOCKS_AN_ITEM), sampled_item, &job);
+    job.tile = job.paired ? PAIRED_TILE : TOKENS;
+    /* In pairs what comes first is turned, which takes longer: the narrower one. Else the sums lie as the values do. */
+    job.x_first = job.paired ? w->in_features < w->out_features : w->out_stride == 1;
+    cut(&job);
+    return sb_parallel(s->threads, job.dy.parts * job.x.parts, cell_item, &job);
 }

@@ -66,7 +66,7 @@ typedef struct {
     sb_product second; /* x is ignored */
 } sb_feed_forward;
 
-/* dvalues[b] = dy[:, rows of b]ᵀ x[:, columns of b], dense blocks in order. */
+/* dvalues[b] = dy[:, rows of b]ᵀ x[:, columns of b], blocks in order that lie as the weight's strides say. */
 typedef struct {
     sb_weight weight; /* values are the result */
     const void *grad, *x;

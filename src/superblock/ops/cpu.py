@@ -121,8 +121,8 @@ def grad_values(
     block_height: int,
     block_width: int,
 ) -> Tensor:
-    """``dW = dyᵀ x`` at the stored blocks."""
-    values = grad.new_empty(col_indices.shape[0], block_height, block_width)
+    """``dW = dyᵀ x`` at the stored blocks, feature-major."""
+    values = grad.new_empty(col_indices.shape[0], block_width, block_height).transpose(1, 2)
     indices = indices_for(values, crow_indices, col_indices, out_features, in_features)
     grad, x = rows_of(grad, out_features, grad.dtype), rows_of(x, in_features, grad.dtype)
     if len(grad) != len(x):

@@ -22,6 +22,7 @@ from superblock.bsr import BSRMatrix
 from superblock.errors import ConfigError, MatrixError
 from superblock.ops import direct
 from superblock.ops.backends import select
+from superblock.ops.layout import feature_major
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
@@ -171,7 +172,12 @@ def _grad_values(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, out_features: int, in_features: int, height: int, width: int
 ) -> Tensor:
     backend = select(grad.device.type, grad.dtype, height, width)
-    return backend.grad_values(grad, x, crow, col, out_features, in_features, height, width)
+    return _as_values_lie(backend.grad_values(grad, x, crow, col, out_features, in_features, height, width))
+
+
+def _as_values_lie(gradient: Tensor) -> Tensor:
+    """As layers lay out the values themselves: autograd then takes the gradient as it is, without a copy."""
+    return feature_major(gradient) if gradient.device.type == "cpu" else gradient
 
 
 def _linear_fake(x: Tensor, *rest: Any) -> Tensor:
@@ -187,7 +193,7 @@ def _grad_input_fake(grad: Tensor, *rest: Any) -> Tensor:
 
 
 def _grad_values_fake(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty(col.shape[0], *rest[-2:])
+    return _as_values_lie(grad.new_empty(col.shape[0], *rest[-2:]))
 
 
 def _activation_gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
