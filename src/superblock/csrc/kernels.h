@@ -41,6 +41,15 @@ typedef struct {
     int64_t tokens, a_stride, b_stride, out_stride, columns;
 } sb_outer;
 
+/* y = softmax(scale q kᵀ) v of one head: rows of `features`, `*_token` apart. `scale` is positive. */
+typedef struct {
+    const void *q, *k, *v;
+    void *y;
+    int64_t queries, keys, features, q_token, k_token, v_token, y_token;
+    float scale;
+    int32_t dtype;
+} sb_head;
+
 typedef struct sb_kernels {
     const char *name;
     int (*supported)(void);
@@ -61,8 +70,8 @@ typedef struct sb_kernels {
     void (*finish)(void);
     void (*widen)(int dtype, const void *source, int64_t count, float *target);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
-    /* A row of `count` scores, times `scale`, to probabilities, in place; zeros up to `padded`. */
-    void (*softmax)(float *row, int64_t count, int64_t padded, float scale);
+    /* `ahead`, or NULL, is what the thread will probably attend to next: it may be fetched. Returns a status. */
+    int (*attend)(const sb_head *head, const sb_head *ahead);
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */
     void (*transpose)(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out);
     /* dz for tokens `start` to `stop`, added to `sums` too, which reach a whole vector. */

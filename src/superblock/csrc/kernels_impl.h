@@ -168,43 +168,6 @@ static void gradient(const sb_gradient *g, int64_t start, int64_t stop, float *s
     SB_SPECIALIZE(g->dtype, g->activation, gradient_of, g, start, stop, sums)
 }
 
-/* The largest lane, or the sum of all. */
-SB_INLINE float fold(vec v, const int largest) {
-#if SB_LANES == 16
-    return largest ? _mm512_reduce_max_ps((__m512)v) : _mm512_reduce_add_ps((__m512)v);
-#else
-    float all = v[0];
-    for (int i = 1; i < SB_LANES; i++) all = !largest ? all + v[i] : v[i] > all ? v[i] : all;
-    return all;
-#endif
-}
-
-static void softmax(float *row, int64_t count, int64_t padded, float scale) {
-    static const int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    ivec lane;
-    memcpy(&lane, order, sizeof lane);
-    /* The last vector's spare lanes must neither raise the maximum nor add to the sum. */
-    const int64_t whole = count / SB_LANES * SB_LANES, end = whole < count ? whole + SB_LANES : whole;
-    if (whole < count) {
-        vec tail = choose(lane < (int32_t)(count - whole), load(row + whole), splat(-INFINITY));
-        store(row + whole, tail);
-    }
-    vec highest = splat(-INFINITY), total = splat(0.0f);
-    for (int64_t n = 0; n < end; n += SB_LANES) {
-        highest = larger(load(row + n) * scale, highest);
-    }
-    const float top = fold(highest, 1);
-    for (int64_t n = 0; n < end; n += SB_LANES) {
-        vec z = load(row + n) * scale - top;
-        vec e = below(z, -87.0f, splat(0.0f), exponential(z));
-        total += e;
-        store(row + n, e);
-    }
-    const float share = 1.0f / fold(total, 0);
-    for (int64_t n = 0; n < end; n += SB_LANES) store(row + n, load(row + n) * share);
-    if (end < padded) memset(row + end, 0, (size_t)(padded - end) * sizeof *row);
-}
-
 #define SB_TRANSPOSE(type)                                                                                   \
     for (int64_t i = 0; i < rows; i += 8)                                                                    \
         for (int64_t j = 0; j < columns; j += 8) {                                                           \
@@ -267,6 +230,10 @@ static void outer(const sb_outer *whole) {
     }
 }
 
+#ifndef SB_OWN_ATTENTION
+#include "attention_impl.h"
+#endif
+
 #ifndef SB_OWN_PEAK
 /* The ceiling that benchmarks compare with: multiply-adds on registers alone. Returns how many operations it did. */
 static double peak(int dtype, int64_t iterations) {
@@ -297,5 +264,5 @@ static double peak(int dtype, int64_t iterations) {
 #endif
 #define SB_COMMON_KERNELS                                                                                          \
     .supported = supported, .longest_chunk = SB_LONGEST_CHUNK, .lanes = SB_LANES, .tile = tile,                    \
-    .epilogue = epilogue, .pack = pack, .widen = widen, .narrow = narrow, .softmax = softmax, .transpose = transpose, .outer = outer,    \
+    .epilogue = epilogue, .pack = pack, .widen = widen, .narrow = narrow, .attend = attend, .transpose = transpose, .outer = outer,    \
     .gradient = gradient, .peak = peak
