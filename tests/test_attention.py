@@ -81,12 +81,6 @@ def test_without_the_core_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None
     assert got.transpose(1, 2).is_contiguous()
 
 
-def test_bfloat16_on_amx_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "current", lambda: "amx")
-    q, k, v = (heads_of(1, 2, 9, 16, torch.bfloat16) for _ in range(3))
-    assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
-
-
 def test_it_compiles_whole() -> None:
     q, k, v = (heads_of(1, 2, 9, 16, torch.float32) for _ in range(3))
     torch.library.opcheck(torch.ops.superblock.attention, (q, k, v))

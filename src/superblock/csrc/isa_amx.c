@@ -11,6 +11,7 @@
 #define SB_DOT_BFLOAT16
 #define SB_LONGEST_CHUNK 32
 #define SB_OWN_PEAK
+#define SB_OWN_ATTENTION
 #include "kernels.h"
 #include "simd.h"
 #include "activations.h"
@@ -137,6 +138,8 @@ static void pair(const uint16_t *in, int64_t out_stride, int64_t in_stride, int6
                 SB_UNROLL for (int j = 0; j < 4; j++)
                     memcpy(out + (k / 2 + j) * 2 * outputs + 2 * (n + i), in + (n + i) * out_stride + k + 2 * j, 4);
 }
+
+#include "amx_attention.h"
 
 static void outer_pairs(const uint16_t *dy, const uint16_t *x, float *out, int64_t tokens, int64_t height, int64_t width) {
     enum { TOKENS = SB_LONGEST_CHUNK };
