@@ -25,7 +25,8 @@ from hypothesis import given, settings, strategies as st
 from superblock.ops import native
 native.find = lambda: Path({library!r})
 from native_cases import ISAS, DTYPES, assert_near, random_weight
-from superblock.ops import cpu, reference
+from superblock.ops import attention, cpu, reference
+from torch.nn.functional import scaled_dot_product_attention
 
 eighths = st.integers(1, 9).map(lambda n: 8 * n)
 sizes = st.integers(1, 150)
@@ -54,7 +55,18 @@ def fuzz(isa, dtype, tokens, out, in_, height, width, other, packed, density, th
     cpu.conv2d(images, matrix.values, matrix.crow_indices, matrix.col_indices, bias, None, (out, in_, kernel, kernel),
                (1 + threads % 2,) * 2, (tokens % 2,) * 2)
 
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(st.sampled_from(ISAS), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 5), st.integers(1, 120),
+       st.one_of(st.integers(1, 120), st.integers(500, 700)), eighths, st.integers(1, 3))
+def fuzz_attention(isa, dtype, n, heads, queries, keys, features, threads):
+    native.select(isa)
+    torch.set_num_threads(threads)
+    q, k, v = (torch.randn(n, tokens, heads, features).to(dtype).transpose(1, 2) for tokens in (queries, keys, keys))
+    want = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert_near(torch.ops.superblock.attention(q, k, v), want)
+
 fuzz()
+fuzz_attention()
 print("clean")
 """
 

@@ -143,6 +143,40 @@ static int check_normalized(sb_product p, double tolerance) {
     return bad;
 }
 
+/* y = softmax(scale q kT) v, all [heads][tokens][features], against sums in double. */
+static int check_attention(int dtype) {
+    const int64_t heads = 1 + below(5), queries = 1 + below(60), features = 8 * (1 + below(5));
+    const int64_t keys = 1 + below(next() & 0x10000 ? 600 : 60);
+    void *q = room(heads * queries * features, dtype), *y = room(heads * queries * features, dtype);
+    void *k = room(heads * keys * features, dtype), *v = room(heads * keys * features, dtype);
+    double *p = malloc((size_t)keys * sizeof *p);
+    const sb_attention a = {
+        .q = q, .k = k, .v = v, .y = y, .batch = 1, .heads = heads, .queries = queries, .keys = keys, .features = features,
+        .q_head = queries * features, .k_head = keys * features, .v_head = keys * features, .y_head = queries * features,
+        .q_token = features, .k_token = features, .v_token = features, .y_token = features,
+        .scale = 0.5f, .dtype = dtype, .threads = 2,
+    };
+    int bad = sb_run_attention(&a) != SB_OK;
+    const double tolerance = dtype == SB_FLOAT32 ? 1e-5 : dtype == SB_BFLOAT16 ? 0.01 : 0.002;
+    for (int64_t m = 0; m < heads * queries; m++) {
+        const int64_t first = m / queries * keys;
+        double total = 0;
+        for (int64_t n = 0; n < keys; n++) {
+            double score = 0;
+            for (int64_t f = 0; f < features; f++)
+                score += get(q, dtype, m * features + f) * get(k, dtype, (first + n) * features + f);
+            total += p[n] = exp(0.5 * score);
+        }
+        for (int64_t f = 0; f < features; f++) {
+            double want = 0;
+            for (int64_t n = 0; n < keys; n++) want += p[n] / total * get(v, dtype, (first + n) * features + f);
+            if (!(fabs(get(y, dtype, m * features + f) - want) < tolerance)) bad = 1;
+        }
+    }
+    free(q), free(k), free(v), free(y), free(p);
+    return bad;
+}
+
 static int check(int round) {
     const int dtype = round % SB_DTYPES, activation = round % SB_ACTIVATIONS, turned = round & 1;
     const int64_t tokens = below(70), out = 1 + below(100), in = 1 + below(100);
@@ -174,6 +208,7 @@ static int check(int round) {
     sb_sampled s = {p.weight, residual, x, tokens, out, in, dtype, 2};
     s.weight.values = gradient;
     bad |= sb_run_sampled(&s) != SB_OK;
+    bad |= check_attention(dtype);
     bad |= check_gradient(dtype, activation, tokens, out, residual, y);
     /* Relative to sums of up to 100 products below 1: the dtype's own rounding of results up to about 10. */
     const double tolerance = dtype == SB_FLOAT32 ? 1e-4 : dtype == SB_BFLOAT16 ? 0.15 : 0.02;

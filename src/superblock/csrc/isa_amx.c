@@ -11,6 +11,7 @@
 #define SB_DOT_BFLOAT16
 #define SB_LONGEST_CHUNK 32
 #define SB_OWN_PEAK
+#define SB_OWN_ATTENTION
 #include "kernels.h"
 #include "layer.h"
 #include "simd.h"
@@ -124,6 +125,7 @@ static void pair(const uint16_t *in, int64_t out_stride, int64_t in_stride, int6
                     memcpy(out + (k / 2 + j) * 2 * outputs + 2 * (n + i), in + (n + i) * out_stride + k + 2 * j, 4);
 }
 
+#include "amx_attention.h"
 #include "amx_run.h"
 
 /* The sums after these, which may be the next block's: loading them from L2 took as long as the products. */

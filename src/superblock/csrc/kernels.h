@@ -60,6 +60,15 @@ typedef struct {
 struct sb_layer;
 struct sb_target;
 
+/* y = softmax(scale q kᵀ) v of one head: rows of `features`, `*_token` apart. `scale` is positive. */
+typedef struct {
+    const void *q, *k, *v;
+    void *y;
+    int64_t queries, keys, features, q_token, k_token, v_token, y_token;
+    float scale;
+    int32_t dtype;
+} sb_head;
+
 typedef struct sb_kernels {
     const char *name;
     int (*supported)(void);
@@ -84,8 +93,8 @@ typedef struct sb_kernels {
     void (*lay_out)(const sb_panels *panels);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
     void (*normalize)(int dtype, const sb_norm *norm, const void *row, int64_t features, void *out);
-    /* A row of `count` scores, times `scale`, to probabilities, in place; zeros up to `padded`. */
-    void (*softmax)(float *row, int64_t count, int64_t padded, float scale);
+    /* `ahead`, or NULL, is what the thread will probably attend to next: it may be fetched. Returns a status. */
+    int (*attend)(const sb_head *head, const sb_head *ahead);
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */
     void (*transpose)(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out);
     /* dz for tokens `start` to `stop`, written around the caches to `stream`, where rows are whole lines; added to

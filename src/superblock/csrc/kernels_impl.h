@@ -181,88 +181,6 @@ static void gradient(const sb_gradient *g, int64_t start, int64_t stop, int stre
     SB_SPECIALIZE(g->dtype, g->activation, gradient_of, g, start, stop, stream, sums)
 }
 
-/* The largest lane, or the sum of all. */
-SB_INLINE float fold(vec v, const int largest) {
-#if SB_LANES == 16
-    return largest ? _mm512_reduce_max_ps((__m512)v) : _mm512_reduce_add_ps((__m512)v);
-#else
-    float all = v[0];
-    for (int i = 1; i < SB_LANES; i++) all = !largest ? all + v[i] : v[i] > all ? v[i] : all;
-    return all;
-#endif
-}
-
-/* A vector of a row less the mean; what lies past the features is zero. */
-SB_INLINE vec deviation(int dtype, const void *row, int64_t n, int64_t features, float mean) {
-    static const int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    if (features - n >= SB_LANES) return load_as(dtype, row, n) - mean;
-    ivec lane;
-    memcpy(&lane, order, sizeof lane);
-    return choose(lane < (int32_t)(features - n), load_part(dtype, row, n, features - n) - mean, splat(0.0f));
-}
-
-/* Four chains of sums, so that none waits for the one before. */
-SB_INLINE void normalize_of(int dtype, const sb_norm *norm, const void *row, int64_t features, void *out) {
-    enum { CHAINS = 4 };
-    const sb_norm l = *norm;
-    const int64_t whole = features / (CHAINS * SB_LANES) * (CHAINS * SB_LANES);
-    vec total[CHAINS], squares[CHAINS];
-    SB_UNROLL for (int c = 0; c < CHAINS; c++) total[c] = squares[c] = splat(0.0f);
-    for (int64_t n = 0; n < whole; n += CHAINS * SB_LANES)
-        SB_UNROLL for (int c = 0; c < CHAINS; c++) total[c] += load_as(dtype, row, n + c * SB_LANES);
-    for (int64_t n = whole; n < features; n += SB_LANES) total[0] += load_part(dtype, row, n, features - n);
-    const float mean = fold((total[0] + total[1]) + (total[2] + total[3]), 0) / (float)features;
-    for (int64_t n = 0; n < whole; n += CHAINS * SB_LANES)
-        SB_UNROLL for (int c = 0; c < CHAINS; c++) {
-            const vec d = load_as(dtype, row, n + c * SB_LANES) - mean;
-            squares[c] += d * d;
-        }
-    for (int64_t n = whole; n < features; n += SB_LANES) {
-        const vec d = deviation(dtype, row, n, features, mean);
-        squares[0] += d * d;
-    }
-    const float variance = fold((squares[0] + squares[1]) + (squares[2] + squares[3]), 0) / (float)features;
-    const float scale = 1.0f / sqrtf(variance + l.epsilon);
-    for (int64_t n = 0; n < features; n += SB_LANES) {
-        vec y = deviation(dtype, row, n, features, mean) * scale;
-        if (l.weight) y *= load_part(dtype, l.weight, n, features - n);
-        if (l.bias) y += load_part(dtype, l.bias, n, features - n);
-        store_part(dtype, out, n, features - n, y);
-    }
-}
-
-static void normalize(int dtype, const sb_norm *norm, const void *row, int64_t features, void *out) {
-    if (dtype == SB_FLOAT32) normalize_of(SB_FLOAT32, norm, row, features, out);
-    else if (dtype == SB_BFLOAT16) normalize_of(SB_BFLOAT16, norm, row, features, out);
-    else normalize_of(SB_FLOAT16, norm, row, features, out);
-}
-
-static void softmax(float *row, int64_t count, int64_t padded, float scale) {
-    static const int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    ivec lane;
-    memcpy(&lane, order, sizeof lane);
-    /* The last vector's spare lanes must neither raise the maximum nor add to the sum. */
-    const int64_t whole = count / SB_LANES * SB_LANES, end = whole < count ? whole + SB_LANES : whole;
-    if (whole < count) {
-        vec tail = choose(lane < (int32_t)(count - whole), load(row + whole), splat(-INFINITY));
-        store(row + whole, tail);
-    }
-    vec highest = splat(-INFINITY), total = splat(0.0f);
-    for (int64_t n = 0; n < end; n += SB_LANES) {
-        highest = larger(load(row + n) * scale, highest);
-    }
-    const float top = fold(highest, 1);
-    for (int64_t n = 0; n < end; n += SB_LANES) {
-        vec z = load(row + n) * scale - top;
-        vec e = below(z, -87.0f, splat(0.0f), exponential(z));
-        total += e;
-        store(row + n, e);
-    }
-    const float share = 1.0f / fold(total, 0);
-    for (int64_t n = 0; n < end; n += SB_LANES) store(row + n, load(row + n) * share);
-    if (end < padded) memset(row + end, 0, (size_t)(padded - end) * sizeof *row);
-}
-
 #define SB_TRANSPOSE(type)                                                                                   \
     for (int64_t i = 0; i < rows; i += 8)                                                                    \
         for (int64_t j = 0; j < columns; j += 8) {                                                           \
@@ -393,6 +311,11 @@ static void outer(const sb_outer *o) {
     }
 }
 
+#include "normalize_impl.h"
+#ifndef SB_OWN_ATTENTION
+#include "attention_impl.h"
+#endif
+
 #ifndef SB_OWN_PEAK
 /* The ceiling that benchmarks compare with: multiply-adds on registers alone. Returns how many operations it did. */
 static double peak(int dtype, int64_t iterations) {
@@ -424,4 +347,4 @@ static double peak(int dtype, int64_t iterations) {
 #define SB_COMMON_KERNELS                                                                                          \
     .supported = supported, .longest_chunk = SB_LONGEST_CHUNK, .lanes = SB_LANES, .tile = tile,                    \
     .epilogue = epilogue, .pack = pack, .lay_out = lay_out, .narrow = narrow, .normalize = normalize,             \
-    .softmax = softmax, .transpose = transpose, .outer = outer, .gradient = gradient, .peak = peak
+    .attend = attend, .transpose = transpose, .outer = outer, .gradient = gradient, .peak = peak

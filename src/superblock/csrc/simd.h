@@ -66,6 +66,35 @@ SB_INLINE vec accumulate_splat(vec sum, vec a, const float *b) {
 #endif
 }
 
+/* The lanes of a's lower half and b's, or the upper ones', in turn. */
+#if SB_LANES == 16
+#define SB_LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SB_UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif SB_LANES == 8
+#define SB_LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define SB_UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define SB_LOWER 0, 4, 1, 5
+#define SB_UPPER 2, 6, 3, 7
+#endif
+#ifdef __clang__
+#define SB_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SB_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+/* Transposes a square of vectors: interleaving the halves moves one bit of the row number into the lane's. */
+SB_INLINE void turn(vec square[SB_LANES]) {
+    SB_UNROLL for (int moved = 1; moved < SB_LANES; moved *= 2) {
+        vec next[SB_LANES];
+        SB_UNROLL for (int i = 0; i < SB_LANES / 2; i++) {
+            next[2 * i] = SB_SHUFFLE(square[i], square[i + SB_LANES / 2], SB_LOWER);
+            next[2 * i + 1] = SB_SHUFFLE(square[i], square[i + SB_LANES / 2], SB_UPPER);
+        }
+        SB_UNROLL for (int i = 0; i < SB_LANES; i++) square[i] = next[i];
+    }
+}
+
 SB_INLINE vec from_bfloat16(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
 
 #ifdef SB_DOT_BFLOAT16

@@ -82,7 +82,8 @@ typedef struct {
     int32_t dtype, activation, threads;
 } sb_gradient;
 
-/* y = softmax(scale q kᵀ) v by head; the features of a head are dense and a multiple of 8. */
+/* y = softmax(scale q kᵀ) v by head; the features of a head are dense and a multiple of 8, its keys
+ * at least one, and `scale` is positive. */
 typedef struct {
     const void *q, *k, *v;
     void *y;

@@ -44,7 +44,7 @@ def _compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise MatrixError(
             f"attention takes [n, heads, tokens, d] of one dtype, d a multiple of {MULTIPLE}, got {shapes}"
         )
-    if _left_to_torch(q.dtype):  # Asked here, not above: a graph must not look at files while it is traced.
+    if native.missing() is not None:  # Asked here, not above: a graph must not look at files while it is traced.
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
     batch, heads, queries, features = q.shape
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
@@ -56,11 +56,6 @@ def _compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )  # fmt: skip
     check(native.library().sb_run_attention(ctypes.byref(arguments)))
     return y
-
-
-def _left_to_torch(dtype: torch.dtype) -> bool:
-    """Whether torch attends faster: on AMX tiles, which the core's attention does not use, or without the core."""
-    return native.missing() is not None or (dtype == torch.bfloat16 and native.current() == "amx")
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
