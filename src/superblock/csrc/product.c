@@ -12,7 +12,8 @@
 
 /* The packed tokens of a tile stay in L2 while weights and results stream past. Weights that would fit there too are to
  * stay (3072 x 768 at 90 %, 2 MB of L2: in float32 7.0 ms with tiles of two fifths and 6.4 with a tenth, in bfloat16 1.2
- * and 1.0 with a fifth); larger ones are read again for every tile, so that larger tiles read them less often. */
+ * and 1.0 with a fifth); larger ones are read again for every tile, so that larger tiles read them less often (4096 x
+ * 4096, float32, 80 %: 63 ms with two fifths, 59 with three; a feed-forward of 768 and 3072, bfloat16, 80 %: 5.2, 4.7). */
 static int64_t tile_bytes(const sb_layer *layer, int64_t weight_bytes) {
     static _Atomic int64_t known; /* asking takes microseconds in a virtual machine */
     int64_t l2 = atomic_load(&known);
@@ -21,7 +22,7 @@ static int64_t tile_bytes(const sb_layer *layer, int64_t weight_bytes) {
 #endif
     if (l2 <= 0) l2 = 1 << 20;
     atomic_store(&known, l2);
-    if (weight_bytes >= l2 / 2) return l2 * 2 / 5;
+    if (weight_bytes >= l2 / 2) return l2 * 3 / 5;
     return layer->packed_size == 4 ? l2 / 10 : l2 / 5;
 }
 
