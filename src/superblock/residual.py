@@ -10,6 +10,7 @@ from superblock.fuse import activation_name, comes_from, watched
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, FoldedBatchNorm
 from superblock.normalized import norm_of
 from superblock.ops.attention import attention
+from superblock.self_attention import attend_as_one
 
 _RESNETS = ("torchvision.models.resnet", "timm.models.resnet")
 _IDENTITIES = ("drop_block", "aa")  # Of timm's blocks, before the last convolution; a hook may listen to them.
@@ -121,6 +122,10 @@ class ResidualEncoderLayer(nn.TransformerEncoderLayer):
 
 def _attend(attention: BSRMultiheadAttention, norm: nn.Module | None, x: Tensor, **masks: Tensor | None) -> Tensor:
     """``attention(norm(x)) + x``."""
+    if attention.batch_first and all(mask is None for mask in masks.values()):
+        whole = attend_as_one(attention.in_proj, attention.out_proj, attention.num_heads, norm, x)
+        if whole is not None:
+            return whole
     inside = None if norm is None else norm_of(norm, x, attention.in_proj)
     y = x if norm is None or inside is not None else norm(x)
     added: Tensor = attention(y, y, y, need_weights=False, residual=x, norm=inside, **masks)[0]
@@ -157,6 +162,9 @@ def _is_plain_attention(attn: nn.Module) -> bool:
 
 
 def _timm_attention(attn: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    whole = attend_as_one(attn.qkv, attn.proj, attn.num_heads, norm, x)  # type: ignore[arg-type]
+    if whole is not None:
+        return whole
     inside = norm_of(norm, x, attn.qkv)
     qkv = attn.qkv(norm(x)) if inside is None else attn.qkv.project(x, norm=inside)  # type: ignore[operator,union-attr]
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)

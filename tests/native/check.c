@@ -177,6 +177,50 @@ static int check_attention(int dtype) {
     return bad;
 }
 
+/* Values of blocks [nnz][side][side], all alive. */
+static sb_weight whole_weight(void *values, int32_t *crow, int32_t *cols, int64_t out, int64_t in, int64_t side) {
+    const int64_t rows = out / side, columns = in / side;
+    for (int64_t r = 0; r <= rows; r++) crow[r] = (int32_t)(r * columns);
+    for (int64_t e = 0; e < rows * columns; e++) cols[e] = (int32_t)(e % columns);
+    return (sb_weight){values, crow, cols, NULL, out, in, side, side, 1, side, side * side};
+}
+
+/* Self-attention as one, against its products and its attention one after the other. */
+static int check_self_attention(int dtype) {
+    const int64_t side = 8 * (1 + below(3)), features = below(2) ? side : 8, heads = side / features * (1 + below(3));
+    const int64_t inner = heads * features, sequences = 1 + below(3), tokens = 1 + below(50), all = sequences * tokens;
+    void *x = room(all * inner, dtype), *bias = room(3 * inner, dtype), *y = room(all * inner, dtype);
+    void *first = room(3 * inner * inner, dtype), *second = room(inner * inner, dtype), *want = room(all * inner, dtype);
+    void *qkv = room(all * 3 * inner, dtype), *attended = room(all * inner, dtype);
+    int32_t *index = malloc((size_t)(8 * (inner / side + 1) * (inner / side + 1)) * sizeof *index);
+    int32_t *others = malloc((size_t)(8 * (inner / side + 1) * (inner / side + 1)) * sizeof *others);
+    const int64_t size = dtype == SB_FLOAT32 ? 4 : 2;
+    sb_product p = {.weight = whole_weight(first, index, index + 3 * inner / side + 1, 3 * inner, inner, side),
+                    .x = x, .bias = bias, .y = qkv, .tokens = all, .x_stride = inner, .y_stride = 3 * inner,
+                    .dtype = dtype, .threads = 2};
+    sb_product o = {.weight = whole_weight(second, others, others + inner / side + 1, inner, inner, side),
+                    .x = attended, .residual = x, .y = want, .tokens = all, .x_stride = inner, .y_stride = inner,
+                    .residual_stride = inner, .dtype = dtype, .threads = 2};
+    const sb_attention a = {
+        .q = qkv, .k = (char *)qkv + inner * size, .v = (char *)qkv + 2 * inner * size, .y = attended,
+        .batch = sequences, .heads = heads, .queries = tokens, .keys = tokens, .features = features,
+        .q_batch = tokens * 3 * inner, .k_batch = tokens * 3 * inner, .v_batch = tokens * 3 * inner, .y_batch = tokens * inner,
+        .q_head = features, .k_head = features, .v_head = features, .y_head = features,
+        .q_token = 3 * inner, .k_token = 3 * inner, .v_token = 3 * inner, .y_token = inner,
+        .scale = 0.25f, .dtype = dtype, .threads = 2,
+    };
+    int bad = sb_run_product(&p) != SB_OK || sb_run_attention(&a) != SB_OK || sb_run_product(&o) != SB_OK;
+    sb_self_attention s = {p, o, sequences, heads, features, 0.25f, 2};
+    s.projection.y = NULL, s.output.x = NULL, s.output.y = y;
+    bad |= sb_run_self_attention(&s) != SB_OK;
+    for (int64_t at = 0; at < all * inner; at++) {
+        const double expected = get(want, dtype, at);
+        if (!(fabs(get(y, dtype, at) - expected) < (dtype == SB_FLOAT32 ? 1e-4 : 0.02) * (1 + fabs(expected)))) bad = 1;
+    }
+    free(x), free(bias), free(y), free(first), free(second), free(want), free(qkv), free(attended), free(index), free(others);
+    return bad;
+}
+
 static int check(int round) {
     const int dtype = round % SB_DTYPES, activation = round % SB_ACTIVATIONS, turned = round & 1;
     const int64_t tokens = below(70), out = 1 + below(100), in = 1 + below(100);
@@ -209,6 +253,7 @@ static int check(int round) {
     s.weight.values = gradient;
     bad |= sb_run_sampled(&s) != SB_OK;
     bad |= check_attention(dtype);
+    bad |= check_self_attention(dtype);
     bad |= check_gradient(dtype, activation, tokens, out, residual, y);
     /* Relative to sums of up to 100 products below 1: the dtype's own rounding of results up to about 10. */
     const double tolerance = dtype == SB_FLOAT32 ? 1e-4 : dtype == SB_BFLOAT16 ? 0.15 : 0.02;

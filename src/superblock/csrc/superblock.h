@@ -93,6 +93,16 @@ typedef struct {
     int32_t dtype, threads;
 } sb_attention;
 
+/* y = residual + out-projection(attention(projection(x))): queries, keys and values of all heads from one product, then
+ * every token of a sequence with every other. `sequences` of equal length follow one another in x. */
+typedef struct {
+    sb_product projection; /* [3][heads][features] outputs; y is ignored */
+    sb_product output;     /* x is ignored */
+    int64_t sequences, heads, features;
+    float scale;
+    int32_t threads;
+} sb_self_attention;
+
 SB_API int sb_run_product(const sb_product *product);
 /* `product`, which may serve many threads at once, of these rows. */
 SB_API int sb_run_rows(const sb_product *product, const sb_rows *rows);
@@ -100,6 +110,8 @@ SB_API int sb_run_feed_forward(const sb_feed_forward *ff);
 SB_API int sb_run_sampled(const sb_sampled *sampled);
 SB_API int sb_run_activation_gradient(const sb_gradient *gradient);
 SB_API int sb_run_attention(const sb_attention *attention);
+/* SB_UNSUPPORTED unless blocks of the projection and heads cover each other whole. */
+SB_API int sb_run_self_attention(const sb_self_attention *attention);
 /* The instruction sets of this build, best first, as "avx512bf16 avx512 ..."; those the machine lacks are left out. */
 SB_API const char *sb_available(void);
 /* The one in use. */

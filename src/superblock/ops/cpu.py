@@ -190,6 +190,40 @@ def feed_forward(
     return y
 
 
+# The tokens of a sequence, their queries, keys, values and heads stay in the cache up to this many bytes of x.
+SEQUENCE_BYTES = 1 << 20
+
+
+def self_attention(x: Tensor, norm: Norm | None, first: Weight, second: Weight, num_heads: int) -> Tensor | None:
+    """``y = x + attention(norm(x) W₁ᵀ + b₁) W₂ᵀ + b₂`` of ``x [n, l, e]``, a sequence at a time.
+
+    ``None`` where that would take longer than the three steps: of few or long sequences; and where heads and blocks do
+    not cover each other.
+    """
+    sequences, tokens, features = x.shape
+    inner, threads = second[5], get_num_threads()
+    shared = sequences % threads == 0 or sequences >= 4 * threads
+    if not x.numel() or not shared or tokens * features * x.element_size() > SEQUENCE_BYTES:
+        return None
+    if inner // num_heads % native.MULTIPLE:
+        return None
+    dtype = first[0].dtype
+    rows = rows_of(x, features, dtype)
+    projection = product_of(prepare(*first[:4], first[4:], "none"), len(rows), None)
+    output = product_of(prepare(*second[:4], second[4:], "none"), len(rows), rows)
+    norms = native.Norm() if norm is None else norm_of(norm, features, dtype)
+    y = x.new_empty(*x.shape)
+    projection.norm, projection.x, projection.x_stride = norms, rows.data_ptr(), rows.stride(0)
+    output.y, output.y_stride = y.data_ptr(), features
+    scale = (inner // num_heads) ** -0.5
+    arguments = native.SelfAttention(projection, output, sequences, num_heads, inner // num_heads, scale, threads)
+    status = native.library().sb_run_self_attention(ctypes.byref(arguments))
+    if status == native.UNSUPPORTED:
+        return None
+    check(status)
+    return y
+
+
 def conv2d(
     x: Tensor,
     values: Tensor,

@@ -18,6 +18,7 @@ LIBRARY = "libsuperblock.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MULTIPLE = 8  # Of block sides.
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+UNSUPPORTED = 2  # A status of the core's.
 ISA_VARIABLE = "SUPERBLOCK_CPU_ISA"
 MEND = "install a C compiler (gcc or clang) and reinstall superblock"
 
@@ -54,6 +55,14 @@ Product = _structure(
 # ``sb_rows``, as bytes: filled in at once, where a structure takes as long for every field.
 pack_rows = struct.Struct("4P3qi4x").pack
 FeedForward = _structure("FeedForward", ("first", Product), ("second", Product))
+SelfAttention = _structure(
+    "SelfAttention",
+    ("projection", Product),
+    ("output", Product),
+    ("sequences heads features", "int64"),
+    ("scale", "float"),
+    ("threads", "int32"),
+)
 Sampled = _structure(
     "Sampled",
     ("weight", Weight),
@@ -120,6 +129,7 @@ def library() -> ctypes.CDLL:
         ("sb_run_sampled", Sampled),
         ("sb_run_activation_gradient", Gradient),
         ("sb_run_attention", Attention),
+        ("sb_run_self_attention", SelfAttention),
     ):
         getattr(core, name).argtypes = [POINTER(structure)]
     # Without argtypes: what checks them takes longer than all else of a call. Both arguments are pointers as they are.

@@ -1,0 +1,61 @@
+"""Self-attention between its two projections: as one in the native core, or one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superblock.ops import backends, library
+from superblock.ops.attention import attention
+
+_WEIGHT = "Tensor values{0}, Tensor crow_indices{0}, Tensor col_indices{0}, Tensor? bias{0}"
+library._lib.define(
+    "self_attention(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float? epsilon, "
+    f"{_WEIGHT.format(1)}, {_WEIGHT.format(2)}, int num_heads, int inner_features) -> Tensor"
+)
+
+
+def _compute(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    epsilon: float | None,
+    values1: Tensor,
+    crow1: Tensor,
+    col1: Tensor,
+    bias1: Tensor | None,
+    values2: Tensor,
+    crow2: Tensor,
+    col2: Tensor,
+    bias2: Tensor | None,
+    num_heads: int,
+    inner_features: int,
+) -> Tensor:
+    features = x.shape[-1]
+    first = (values1, crow1, col1, bias1, 3 * inner_features, features)
+    second = (values2, crow2, col2, bias2, features, inner_features)
+    norm = None if epsilon is None else (norm_weight, norm_bias, epsilon)
+    chosen = {backends.select("cpu", x.dtype, *values.shape[1:]) for values in (values1, values2)}
+    backend = chosen.pop()
+    if not chosen and hasattr(backend, "self_attention"):
+        fused: Tensor | None = backend.self_attention(x, norm, first, second, num_heads)
+        if fused is not None:
+            return fused
+    ops = torch.ops.superblock
+    if norm is None:
+        qkv = ops.bsr_linear(x, *first[:4], None, *first[4:], "none")
+    else:
+        qkv = ops.bsr_linear_normalized(x, *norm, *first[:4], None, *first[4:], "none")
+    heads = attention(*(part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)))
+    y: Tensor = ops.bsr_linear(heads.transpose(1, 2).flatten(2), *second[:4], x, *second[4:], "none")
+    return y
+
+
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+library._lib.impl("self_attention", _compute, "CPU")
+torch.library.register_fake("superblock::self_attention", _fake, lib=library._lib)

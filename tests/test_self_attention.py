@@ -1,0 +1,106 @@
+"""Self-attention a sequence at a time: what its projections and its attention give one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from native_cases import DTYPES, assert_near, isa, needs_core, random_weight
+from torch import Tensor, nn
+
+from superblock import BSRMatrix
+from superblock.nn import BSRLinear
+from superblock.ops import cpu, reference
+from superblock.ops.attention import attention
+from superblock.self_attention import attend_as_one
+
+pytestmark = needs_core
+native = pytest.mark.usefixtures("nan_filled", isa.__name__)
+
+# (sequences, tokens, heads, features of a head, block): a block a head, several, a part of one; tails of every kind.
+CASES = [(2, 1, 2, 8, 8), (2, 37, 4, 16, 16), (4, 70, 4, 16, 32), (2, 131, 2, 48, 24), (2, 50, 1, 64, 16)]
+
+
+def weights(inner: int, block: int, dtype: torch.dtype) -> tuple[cpu.Weight, cpu.Weight]:
+    first = (*random_weight(3 * inner, inner, (block, 8), dtype), torch.randn(3 * inner).to(dtype), 3 * inner, inner)
+    second = (*random_weight(inner, inner, (8, 8), dtype), torch.randn(inner).to(dtype), inner, inner)
+    return first, second
+
+
+def steps(x: Tensor, first: cpu.Weight, second: cpu.Weight, heads: int) -> Tensor:
+    qkv = cpu.linear(x, *first[:4], None, *first[4:], "none")
+    parts = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+    return cpu.linear(attention(*parts).transpose(1, 2).flatten(2), *second[:4], x, *second[4:], "none")
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("sequences", "tokens", "heads", "features", "block"), CASES)
+def test_it_is_its_three_steps(sequences, tokens, heads, features, block, dtype) -> None:
+    inner = heads * features
+    x = torch.randn(sequences, tokens, inner).to(dtype)
+    first, second = weights(inner, block, dtype)
+    y = cpu.self_attention(x, None, first, second, heads)
+    assert y is not None
+    assert_near(y, steps(x, first, second, heads).double())
+    norm = torch.randn(inner).to(dtype), torch.randn(inner).to(dtype), 1e-5
+    normalized = torch.nn.functional.layer_norm(x, (inner,), *norm)
+    z = cpu.self_attention(x, norm, first, second, heads)
+    assert z is not None
+    assert_near(z, (steps(normalized, first, second, heads).double() - normalized.double() + x.double()))
+
+
+@native
+def test_it_agrees_with_float64() -> None:
+    first, second = weights(32, 16, torch.float32)
+    x = torch.randn(2, 45, 32)
+    wide = [[part.double() if part.is_floating_point() else part for part in weight[:4]] for weight in (first, second)]
+    qkv = reference.linear(x.double(), *wide[0], None, 96, 32, "none")
+    q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+    heads = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    y = cpu.self_attention(x, None, first, second, 2)
+    assert y is not None
+    assert_near(y, reference.linear(heads, *wide[1], x.double(), 32, 32, "none"))
+
+
+def test_what_would_not_pay_or_fit_is_left_to_the_steps() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for sequences, tokens, heads, features, block in ((3, 9, 2, 8, 8), (2, 9000, 2, 16, 16), (2, 9, 3, 8, 16)):
+            first, second = weights(heads * features, block, torch.float32)
+            x = torch.randn(sequences, tokens, heads * features)
+            assert cpu.self_attention(x, None, first, second, heads) is None
+            if tokens < 100:
+                expected = steps(x, first, second, heads)
+                op = torch.ops.superblock.self_attention
+                torch.testing.assert_close(
+                    op(x, None, None, None, *first[:4], *second[:4], heads, heads * features), expected
+                )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_op_is_well_formed() -> None:
+    first, second = weights(32, 16, torch.float32)
+    for norm in ((None, None, None), (torch.ones(32), None, 1e-5)):
+        arguments = (torch.randn(2, 5, 32), *norm, *first[:4], *second[:4], 2, 32)
+        torch.library.opcheck(torch.ops.superblock.self_attention.default, arguments)
+
+
+def test_it_stands_aside_where_somebody_could_tell() -> None:
+    def layer(weight: cpu.Weight) -> BSRLinear:
+        return BSRLinear(BSRMatrix(weight[1], weight[2], weight[0], weight[4:]), weight[3])
+
+    first, second = (layer(weight) for weight in weights(32, 16, torch.float32))
+    x = torch.randn(2, 5, 32)
+    assert attend_as_one(first, second, 2, None, x) is None  # Gradients.
+    with torch.inference_mode():
+        assert attend_as_one(first, second, 2, nn.LayerNorm(32), x) is not None
+        assert attend_as_one(first, nn.Linear(32, 32), 2, None, x) is None
+        assert attend_as_one(first, second, 2, nn.RMSNorm(32), x) is None
+        assert attend_as_one(first, second, 2, None, x.bfloat16()) is None
+        assert attend_as_one(first, second, 2, None, x[0]) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attend_as_one(first, second, 2, None, x) is None
+        second.register_forward_hook(lambda *_: None)
+        assert attend_as_one(first, second, 2, None, x) is None
