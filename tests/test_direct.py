@@ -195,3 +195,19 @@ def test_a_weight_used_in_two_ways_stays_itself() -> None:
             wide = None if added is None else added.double()
             want = reference.linear(x.double(), values.double(), crow, col, wide, None, 48, 32, activation)
             torch.testing.assert_close(y, want.float())
+
+
+def test_training_prepares_a_weight_once(layer: BSRLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer.requires_grad_(True)
+    x = torch.randn(3, 32, requires_grad=True)
+    layer(x).sum().backward()
+    monkeypatch.setattr(prepared, "_build", lambda *_: pytest.fail("prepared again"))
+    layer(x).sum().backward()
+
+
+def test_a_bias_of_another_shape_is_refused_however_often_the_right_one_came(layer: BSRLinear) -> None:
+    tensors = layer.values, layer.crow_indices, layer.col_indices
+    with torch.inference_mode():
+        layer(torch.randn(3, 32))
+        with pytest.raises(MatrixError, match=r"bias must be \[48\] .*, got \(1, 48\)"):
+            direct.product(torch.randn(3, 32), *tensors, layer.bias.view(1, 48), (48, 32), "none")

@@ -55,6 +55,21 @@ def test_the_result_and_the_state_stay(make, kind, tokens: int) -> None:
     assert not torch.equal(model(x), dropped)
 
 
+@pytest.mark.parametrize("trained", ["0.bias", "3.values", "3.bias"])
+def test_one_parameter_in_training_is_enough_for_gradients(trained: str) -> None:
+    model = sequence().eval().requires_grad_(False)
+    fuse_activations(model)
+    fuse_feed_forward(model)
+    norm, x = nn.LayerNorm(16).requires_grad_(False), 3 * torch.randn(70, 16) + 1
+    with torch.inference_mode():
+        expected = model(x, x, norm)
+    parameter = model.get_parameter(trained).requires_grad_(True)
+    y = model(x, x, norm)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    assert parameter.grad is not None
+
+
 def test_hooks_are_heard() -> None:
     model = sequence().eval()
     fuse_activations(model)

@@ -97,7 +97,7 @@ def test_blocks_call_their_norms_only_where_gradients_are_asked_for(build, monke
 
 
 def test_only_plain_norms_of_the_same_dtype_run_in_the_product() -> None:
-    class Doubled(nn.LayerNorm):
+    class LayerNorm(nn.LayerNorm):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
 
@@ -112,7 +112,7 @@ def test_only_plain_norms_of_the_same_dtype_run_in_the_product() -> None:
     with torch.inference_mode():
         assert norm_of(nn.LayerNorm(16), x, layer) is not None
         assert norm_of(nn.LayerNorm(16, elementwise_affine=False), x, layer) == (None, None, 1e-5)
-        for norm in (Doubled(16), watched, nn.LayerNorm((3, 16)), nn.LayerNorm(16).bfloat16(), nn.RMSNorm(16)):
+        for norm in (LayerNorm(16), watched, nn.LayerNorm((3, 16)), nn.LayerNorm(16).bfloat16(), nn.RMSNorm(16)):
             assert norm_of(norm, x, layer) is None
         assert norm_of(nn.LayerNorm(16), x, nn.Linear(16, 16)) is None
         with torch.autocast("cpu", torch.bfloat16):

@@ -88,6 +88,23 @@ def test_large_results_and_weights(tokens, out, in_, block, dtype) -> None:
         assert_near(y, wide)
 
 
+@pytest.mark.parametrize("block", [16, 48])
+def test_parts_of_the_block_rows_write_whole_lines_around_the_caches(block: int) -> None:
+    tokens, out = 40, 131040  # 10 MB of bfloat16; groups of tokens for two threads, so that block rows are shared out.
+    values, crow, col = random_weight(out, 16, (block, 16), torch.bfloat16)
+    x = torch.randn(tokens, 16).bfloat16()
+    want = reference.linear(x.double(), values.double(), crow, col, None, None, out, 16, "relu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        y, z = cpu.linear_with_preactivation(x, values, crow, col, None, out, 16, "relu")
+        assert_near(cpu.linear(x, values, crow, col, None, None, out, 16, "relu"), want)
+    finally:
+        torch.set_num_threads(threads)
+    assert_near(y, want)
+    assert_near(z.relu(), want)
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_strided_rows_and_either_index_type(index_dtype: torch.dtype) -> None:
     values, crow, col = random_weight(48, 64, (16, 16))

@@ -69,12 +69,14 @@ def feed_forward(
     x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tensor | None = None, norm: nn.Module | None = None
 ) -> Tensor:
     """``second(first(norm(x))) + residual``, in one pass over the tokens where no gradient is asked for."""
-    tensors = (x, first.values, second.values, residual)
+    tensors = (x, first.values, first.bias, second.values, second.bias, residual)
     graded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    uniform = all(tensor is None or tensor.dtype == x.dtype for tensor in (*tensors, first.bias, second.bias))
-    inside = None if norm is None else norm_of(norm, x, first)
-    x = x if norm is None or inside is not None else norm(x)
-    if graded or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not uniform:
+    uniform = all(tensor is None or tensor.dtype == x.dtype for tensor in tensors)
+    apart = graded or not uniform or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    inside = None if apart or norm is None else norm_of(norm, x, first)
+    if norm is not None and inside is None:
+        x = norm(x)
+    if apart:
         return second(first(x)) if residual is None else second.project(first(x), second.activation, residual)
     fused: Tensor = torch.ops.superblock.feed_forward(
         x,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from superblock.fuse import watched
+from superblock.fuse import comes_from, watched
 from superblock.nn import BSRLinear, Norm
 
 
@@ -15,8 +15,8 @@ def norm_of(norm: nn.Module, x: Tensor, layer: object) -> Norm | None:
     That is a plain ``nn.LayerNorm`` (torch's or timm's) over the last dimension, in the dtype of ``x``, seen by nobody,
     where no gradient is asked for.
     """
-    plain = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm" and not watched(norm)
-    if not plain or type(layer) is not BSRLinear or watched(layer) or x.device.type != "cpu":
+    plain = type(norm) is nn.LayerNorm or comes_from(norm, "timm.", "LayerNorm")
+    if not plain or watched(norm) or type(layer) is not BSRLinear or watched(layer) or x.device.type != "cpu":
         return None
     assert isinstance(norm, nn.LayerNorm)
     tensors = [x, layer.values, *(tensor for tensor in (norm.weight, norm.bias, layer.bias) if tensor is not None)]

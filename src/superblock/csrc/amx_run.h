@@ -42,7 +42,7 @@ typedef struct walk {
 
 SB_INLINE vec half_line(const void *line, int half) { return load_as(SB_BFLOAT16, line, half * SB_LANES); }
 
-/* Rows of whole strips, two whole lines each. */
+/* Rows of whole strips: whole lines, which the results of two vectors fill. */
 SB_INLINE void store_line(const int stream, uint16_t *line, vec low, vec high) {
     const __m512i all = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     if (stream) _mm512_stream_si512((void *)line, all);
@@ -249,10 +249,11 @@ static void run_strip(walk *k, strip *s) {
     }
 }
 
-static finisher finisher_of(const sb_target *t) {
+/* `column`: the first one; a strip apart from the next, all others lie in their lines as it does. */
+static finisher finisher_of(const sb_target *t, int64_t column) {
     if (t->next) return t->next_chunk == 32 ? finish_packed[t->activation] : finish_any;
     if (t->preactivation && t->residual) return finish_any;
-    const int whole = t->y_stride % 32 == 0 && ((uintptr_t)t->y | (uintptr_t)t->preactivation) % 64 == 0;
+    const int whole = (t->y_stride | column) % 32 == 0 && ((uintptr_t)t->y | (uintptr_t)t->preactivation) % 64 == 0;
     const int stream = t->stream && whole;
     if (t->preactivation) return (stream ? finish_training_streamed : finish_training)[t->activation];
     if (t->residual) return (t->residual_first ? finish_residual_first : finish_residual_last)[t->activation];
@@ -280,7 +281,7 @@ static int run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t
               .target = t,
               .sums = acc,
               .outputs = t->group > SIDE ? TALL : WIDE,
-              .finish = finisher_of(t)};
+              .finish = finisher_of(t, first * block_out)};
     strip s = {.width = width_of(block_out, k.outputs)};
     prepare(SIDE, layer->chunk);
     for (int64_t row = first; row < last; row++)

@@ -42,6 +42,9 @@ sb_partition sb_cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t ti
     p.group = sb_ceil_div(tokens, groups);
     groups = sb_ceil_div(tokens, p.group);
     int64_t a_tile = sb_min(sb_max(tile / (p.group * bytes), 1), sb_max(groups / threads, 1));
+    /* As many tiles for every thread, too. */
+    const int64_t tiles = sb_ceil_div(groups, a_tile);
+    if (tiles > 1) a_tile = sb_ceil_div(groups, sb_ceil_div(tiles, threads) * threads);
     p.tile = a_tile * p.group;
     p.tiles = sb_ceil_div(tokens, p.tile);
     if (p.tiles < 2 * threads && p.tiles % threads) p.splits = sb_min(4 * threads, rows);

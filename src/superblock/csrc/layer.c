@@ -101,17 +101,11 @@ typedef struct {
 } strip;
 
 /* A panel's share of the lines that the next group will touch, in the order in which they lie. */
-static void fetch_ahead(const sb_target *t, int64_t first, int64_t bytes) {
+static void fetch_lines(const sb_target *t, int64_t first, int64_t bytes) {
     for (int64_t at = first; at < first + bytes; at += 64) {
         __builtin_prefetch(t->ahead_residual + at);
         __builtin_prefetch(t->ahead_y + at, 1);
     }
-}
-
-/* The values of a block row, where it has them one after the other. */
-static const char *row_values(const sb_layer *layer, int64_t row) {
-    if (layer->arranged_bytes) return arranged_panel(layer, row, 0);
-    return (const char *)layer->weight.values + layer->starts[row] * layer->weight.block_stride * sb_size_of(layer->dtype);
 }
 
 sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel) {
@@ -145,8 +139,10 @@ static void set_ahead(const sb_layer *layer, const sb_target *t, int64_t row, in
     const sb_layer *of = next < layer->rows ? layer : t->following;
     if (of != layer || next >= layer->rows) next -= layer->rows;
     if (!of || next >= of->rows || !chunks) return;
-    const int64_t bytes = (of->ends[next] - of->starts[next]) * of->weight.block_stride * sb_size_of(of->dtype);
-    tile->ahead = row_values(of, next) + bytes * offset / height;
+    const int64_t size = sb_size_of(of->dtype), bytes = (of->ends[next] - of->starts[next]) * of->weight.block_stride * size;
+    if (of->arranged_bytes && of == layer) tile->ahead = sb_layer_tile(of, next, offset, panel).w;
+    else if (of->arranged_bytes || of->weight.ids) return; /* in no order */
+    else tile->ahead = (const char *)of->weight.values + of->starts[next] * of->weight.block_stride * size + bytes * offset / height;
     tile->ahead_lines = sb_min(sb_ceil_div(bytes * panel / height, 64 * chunks), MOST);
 }
 
@@ -172,7 +168,7 @@ static void multiply(const sb_layer *layer, strip *s, const sb_tile *group, int6
         tile->x = group->x;
         tile->acc = group->acc + column;
         tile->acc_stride = group->acc_stride;
-        tile->target = group->target + column * size;
+        tile->target = group->target ? group->target + column * size : NULL;
         tile->target_stride = group->target_stride;
         tile->target_bytes = sb_min(s->panels[p] * size, group->target_bytes - column * size);
         tile->bias = group->bias ? group->bias + column : NULL;
@@ -254,14 +250,14 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
     const int64_t group_bytes = t->group * layer->padded_in * layer->packed_size;
     const int64_t finished = finishes(layer, t, s, e.columns) ? t->tokens / t->group : 0;
     if (finished) finish_groups(layer, t, s, &e, finished, group_bytes);
-    if (t->ahead_y) fetch_ahead(t, column * t->group * size, e.columns * t->group * size);
+    if (t->ahead_y) fetch_lines(t, column * t->group * size, e.columns * t->group * size);
     for (int64_t token = finished * t->group; token < t->tokens; token += t->group) {
         sb_tile tile = {.x = (const char *)t->packed + token / t->group * group_bytes,
                         .acc = acc,
                         .acc_stride = SB_MAX_PANEL,
                         .groups = 1};
         sb_layer_place(layer, t, token, column, &e);
-        if (!t->next && !e.stream) {
+        if (!t->next && (!e.stream || t->residual)) { /* the epilogue streams no results with a residual */
             tile.target = e.y;
             tile.target_stride = t->y_stride * size;
             tile.target_bytes = e.columns * size;

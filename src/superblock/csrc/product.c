@@ -4,7 +4,14 @@
 
 #include <stdlib.h>
 
-/* The first block row of part `i` of `parts`, so that the parts hold about as many blocks. */
+/* The fewest block rows whose outputs are whole strips. */
+static int64_t rows_a_strip(int64_t block_out) {
+    int64_t rows = 1;
+    while (rows * block_out % SB_MAX_PANEL) rows *= 2;
+    return rows;
+}
+
+/* The first block row of part `i` of `parts`, so that the parts hold about as many blocks, and strips stay whole. */
 static int64_t split_row(const sb_layer *layer, int64_t i, int64_t parts) {
     const int32_t *crow = layer->weight.crow;
     const int64_t rows = layer->rows;
@@ -17,7 +24,8 @@ static int64_t split_row(const sb_layer *layer, int64_t i, int64_t parts) {
         if (crow[middle] - crow[0] + middle < goal) low = middle + 1;
         else high = middle;
     }
-    return low;
+    const int64_t strip = rows_a_strip(layer->weight.block_out);
+    return low / strip * strip;
 }
 
 typedef struct {
@@ -96,8 +104,8 @@ static int32_t useful_threads(const sb_layer *layer, int64_t tokens, int32_t thr
 enum { SLAB_FEATURES = 1400, SLAB_TOKENS = 64 };
 
 static int64_t count_slabs(const sb_product *p, const sb_layer *layer) {
-    const int whole = p->window.kernel_h || p->norm.enabled || p->activation != SB_NONE || p->preactivation;
-    if (whole || p->dtype != SB_FLOAT32 || p->tokens < SLAB_TOKENS) return 1;
+    const int more = p->window.kernel_h || p->norm.enabled || p->activation != SB_NONE || p->preactivation;
+    if (more || p->dtype != SB_FLOAT32 || p->tokens < SLAB_TOKENS) return 1;
     const int64_t living = sb_layer_bytes(layer) / (int64_t)sizeof(float) / (layer->rows * p->weight.block_out);
     return sb_min(sb_ceil_div(living, SLAB_FEATURES), layer->padded_in / p->weight.block_in);
 }

@@ -98,7 +98,7 @@ static size_t packed_bytes(const sampled_job *job, const share *s) {
 }
 
 /* Rows this far apart are no stream to the hardware: their next panel is asked for while this one is turned. */
-static void fetch_ahead(const uint16_t *rows, int64_t stride, int64_t count, int64_t width) {
+static void fetch_panel(const uint16_t *rows, int64_t stride, int64_t count, int64_t width) {
     enum { LINE = 32, AHEAD = 64 }; /* elements */
     for (int64_t i = 0; i < count; i++)
         for (int64_t n = 0; n < width; n += LINE) __builtin_prefetch(rows + i * stride + n + AHEAD);
@@ -116,7 +116,7 @@ static void lay_out_pairs(const sampled_job *job, const share *s, int64_t start,
             const uint16_t *in = (const uint16_t *)o->source + (start + t) * o->stride + feature;
             uint16_t *out = (uint16_t *)s->packed + (p * job->tile + t) * o->width;
             int64_t stride = o->stride;
-            fetch_ahead(in, stride, present, o->width);
+            fetch_panel(in, stride, present, o->width);
             if (present < PAIRED_TOKENS || valid < o->width) {
                 memset(padded, 0, (size_t)(PAIRED_TOKENS * o->width) * sizeof *padded);
                 for (int64_t i = 0; i < present; i++)

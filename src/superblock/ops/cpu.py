@@ -1,7 +1,7 @@
 """The CPU backend: the products of :mod:`superblock.ops.reference`, multiplied by the native core.
 
-Weights laid out by :func:`superblock.ops.layout.feature_major` are multiplied where they lie. Those of any other layout
-are turned a panel at a time while they are multiplied; nothing is kept, so nothing can be stale.
+Weights laid out by :func:`superblock.ops.layout.feature_major` are multiplied where they lie; those of any other layout
+are turned once a call. No copy of them is kept, so none can be stale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from superblock.ops.arguments import Norm, check, indices_for, norm_of, residual
 from superblock.ops.convolution import KernelShape, channels_last, output_size, row_length
 from superblock.ops.native import pack_rows
 from superblock.ops.native import unsupported as unsupported
-from superblock.ops.prepared import Prepared, prepare, product_of, transposed
+from superblock.ops.prepared import Prepared, prepare, product_of
 
 Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]
 
@@ -108,7 +108,7 @@ def grad_input(
 ) -> Tensor:
     """``dx = dy W``: the forward product through the transposed index, over the same values."""
     prepared = prepare(values, crow_indices, col_indices, None, (out_features, in_features), "none")
-    return multiply(grad, transposed(prepared))
+    return multiply(grad, prepared.transposed)
 
 
 def grad_values(

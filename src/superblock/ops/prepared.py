@@ -6,7 +6,7 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from superblock.ops.arguments import dense_blocks, indices_for, residual_rows, w
 from superblock.ops.indices import Indices
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prepared:
     """A product that lacks only its rows: one structure for all calls, from any thread."""
 
@@ -29,9 +29,28 @@ class Prepared:
     indices: Indices
     copies: tuple[Tensor, ...] = ()  # What the product points to that is not a tensor of the caller.
 
+    @cached_property
+    def transposed(self) -> Prepared:
+        """The product with the transposed weight, over the same values, without bias and activation."""
+        weight, (crow, cols, ids) = self.product.weight, self.indices.transposed
+        product = native.Product(dtype=self.product.dtype)
+        product.weight = native.Weight(
+            weight.values, crow.data_ptr(), cols.data_ptr(), ids.data_ptr(), weight.in_features, weight.out_features,
+            weight.block_in, weight.block_out, weight.in_stride, weight.out_stride, weight.block_stride,
+        )  # fmt: skip
+        return replace(
+            self,
+            product=product,
+            run=_runner(product),
+            out_features=self.in_features,
+            in_features=self.out_features,
+        )
 
-# By id of the values, for as long as they live: what was true of the tensors, both indices, and what was prepared.
-_memory: dict[int, tuple[tuple[object, ...], Tensor, Tensor, Prepared, weakref.ref[Tensor]]] = {}
+
+# By id of the values, for as long as they live, and by what a training step multiplies with and without: what was true
+# of the tensors, both indices, and what was prepared.
+_Name = tuple[int, str, bool]
+_memory: dict[_Name, tuple[tuple[object, ...], Tensor, Tensor, Prepared, weakref.ref[Tensor]]] = {}
 
 
 def prepare(
@@ -48,12 +67,12 @@ def prepare(
     try:
         state = (
             values.data_ptr(), values.shape, values.stride(), values.dtype,
-            crow.data_ptr(), crow._version, col.data_ptr(), col._version, shape, activation,
-            None if bias is None else (bias.data_ptr(), bias.numel(), bias.is_contiguous(), bias.dtype),
+            crow.data_ptr(), crow._version, col.data_ptr(), col._version, shape,
+            None if bias is None else (bias.data_ptr(), bias.shape, bias.is_contiguous(), bias.is_neg(), bias.dtype),
         )  # fmt: skip
     except RuntimeError:  # Inference tensors count no versions, meta tensors have no data: checked every time.
         return _build(values, crow, col, bias, shape, activation)
-    name = id(values)
+    name = id(values), activation, bias is None
     found = _memory.get(name)
     if found is not None and found[0] == state and found[1] is crow and found[2] is col:
         return found[3]
@@ -90,23 +109,6 @@ def _build(
 
 def _runner(product: ctypes.Structure) -> Callable[[bytes], int]:
     return partial(native.library().sb_run_rows, ctypes.byref(product))
-
-
-def transposed(prepared: Prepared) -> Prepared:
-    """The product with the transposed weight, over the same values, without bias and activation."""
-    weight, (crow, cols, ids) = prepared.product.weight, prepared.indices.transposed
-    product = native.Product(dtype=prepared.product.dtype)
-    product.weight = native.Weight(
-        weight.values, crow.data_ptr(), cols.data_ptr(), ids.data_ptr(), weight.in_features, weight.out_features,
-        weight.block_in, weight.block_out, weight.in_stride, weight.out_stride, weight.block_stride,
-    )  # fmt: skip
-    return replace(
-        prepared,
-        product=product,
-        run=_runner(product),
-        out_features=prepared.in_features,
-        in_features=prepared.out_features,
-    )
 
 
 def product_of(prepared: Prepared, tokens: int, residual: Tensor | None) -> ctypes.Structure:
