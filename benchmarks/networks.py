@@ -27,6 +27,7 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--networks", nargs="+", default=list(CASES), choices=list(CASES))
     options.add_argument("--batch", nargs="+", type=int, default=[16])
+    options.add_argument("--scope", choices=["all", "mlp"], default="all", help="mlp: attention stays dense")
     args = prepare(options.parse_args())
     with torch.inference_mode():
         rows = [
@@ -42,7 +43,7 @@ def main() -> None:
 
 def case(args: Any, dtype: torch.dtype, network: str, batch: int, sparsity: float, tile: int) -> dict[str, Any]:
     """One network: ours and torch's, each in the memory format that is best for it, in one race."""
-    dense, sparse = forms(network, dtype, sparsity, tile)
+    dense, sparse = forms(network, dtype, sparsity, tile, args.scope)
     x = torch.randn(batch, 3, 224, 224).to(dtype)
     if is_convolutional(dense):
         dense, x = dense.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
@@ -55,10 +56,13 @@ def case(args: Any, dtype: torch.dtype, network: str, batch: int, sparsity: floa
         flush=True,
     )
     shared = {"dtype": str(dtype), "network": network, "batch": batch, "tile": tile, "sparsity": sparsity}
+    shared |= {"scope": args.scope}
     return {**shared, "speedup": ratio, "times": times}
 
 
-def forms(network: str, dtype: torch.dtype, sparsity: float, tile: int) -> tuple[nn.Module, nn.Module]:
+def forms(
+    network: str, dtype: torch.dtype, sparsity: float, tile: int, scope: str = "all"
+) -> tuple[nn.Module, nn.Module]:
     """The network dense, zero tiles included, and converted: they compute the same."""
     torch.manual_seed(0)
     model = models.build(network).eval()
@@ -67,7 +71,7 @@ def forms(network: str, dtype: torch.dtype, sparsity: float, tile: int) -> tuple
             nn.init.normal_(parameter, std=0.02)
     tiles = sb.TileSparsity(sparsity, tile)
     linear = network.startswith("vit")
-    kinds = {"linear": tiles} if linear else {"conv1x1": tiles, "conv": tiles, "exclude": ("conv1",)}
+    kinds = {"linear": tiles, "scope": scope} if linear else {"conv1x1": tiles, "conv": tiles, "exclude": ("conv1",)}
     sb.apply_supermask(model, sb.SupermaskConfig(**kinds))  # type: ignore[arg-type]
     sb.sparsify_weights(model)
     dense, sparse = copy.deepcopy(model).to(dtype), model.to(dtype)

@@ -177,3 +177,27 @@ def test_images_stay_in_channels_last(memory_format: torch.memory_format) -> Non
         model(torch.randn(2, 3, 64, 64).to(memory_format=memory_format))
     assert len(seen) == 20
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images in seen)
+
+
+@needs_core
+def test_dense_attention_beside_a_sparse_feed_forward_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(encoder_block())
+    folded(model, sb.SupermaskConfig(linear=sb.TileSparsity(0.5, 8), scope="mlp"))
+    twin = copy.deepcopy(model)
+    sb.to_bsr(model)
+    calls: list[int] = []
+    original = nn.MultiheadAttention.forward
+
+    def counted(*args: object, **options: object) -> object:
+        calls.append(1)
+        return original(*args, **options)  # type: ignore[arg-type]
+
+    with torch.inference_mode():
+        expected = twin(TOKENS)
+        monkeypatch.setattr(nn.MultiheadAttention, "forward", counted)
+        torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-4)
+        assert not calls
+        model[0].self_attention.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from superblock.feed_forward import FeedForwardMlp, FeedForwardSequential, chains, feed_forward, passes
@@ -69,7 +70,7 @@ class ResidualEncoderBlock(nn.Module):
             x = _attend(self.self_attention, self.ln_1, input)  # type: ignore[arg-type]
         else:
             y = self.ln_1(input)  # type: ignore[operator]
-            x = self.dropout(self.self_attention(y, y, y, need_weights=False)[0]) + input  # type: ignore[operator]
+            x = self.dropout(_dense_attention(self.self_attention, y)) + input  # type: ignore[operator,arg-type]
         return _add_feed_forward(self.mlp, self.ln_2, x)  # type: ignore[arg-type]
 
 
@@ -130,6 +131,31 @@ def _attend(attention: BSRMultiheadAttention, norm: nn.Module | None, x: Tensor,
     y = x if norm is None or inside is not None else norm(x)
     added: Tensor = attention(y, y, y, need_weights=False, residual=x, norm=inside, **masks)[0]
     return added
+
+
+def _dense_attention(attn: nn.Module, x: Tensor) -> Tensor:
+    """Self-attention between projections that stayed dense, around this library's attention in inference."""
+    inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
+    if not inference or not _is_plain_torch(attn):
+        y: Tensor = attn(x, x, x, need_weights=False)[0]
+        return y
+    assert isinstance(attn, nn.MultiheadAttention)  # By `_is_plain_torch`.
+    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    heads = attention(*(part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in qkv))
+    return F.linear(heads.transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
+
+
+def _is_plain_torch(attn: nn.Module) -> bool:
+    """Whether this is torch's own attention with nothing unusual, seen by nobody."""
+    return (
+        type(attn) is nn.MultiheadAttention
+        and not attn.training
+        and attn.batch_first
+        and attn._qkv_same_embed_dim
+        and attn.bias_k is None
+        and not attn.add_zero_attn
+        and not watched(attn, attn.out_proj)
+    )
 
 
 def _add_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
