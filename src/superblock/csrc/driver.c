@@ -23,13 +23,32 @@ int64_t sb_tile_bytes(const sb_layer *layer, int64_t weight_bytes) {
     return layer->packed_size == 4 ? l2 / 10 : l2 / 5;
 }
 
+/* Whether memory has been written before: of pages as large as these results the kernel gives fresh ones otherwise. */
+static int is_resident(const void *memory) {
+#if defined(__linux__)
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    unsigned char resident = 0;
+    return mincore((void *)((uintptr_t)memory / page * page), 1, &resident) == 0 && (resident & 1);
+#else
+    (void)memory;
+    return 0;
+#endif
+}
+
+int sb_streams(const void *results, int64_t bytes) {
+    enum { STREAMED_BYTES = 8 << 20 };
+    return bytes > STREAMED_BYTES && is_resident((const char *)results + bytes / 2);
+}
+
+enum { REUSED_BYTES = 32 << 20 /* by malloc */ };
+
 /* Ask for fresh pages in pieces of 2 MB: faults of 4 KB cost more than the product (64 -> 256 channels: 26 -> 12 ms). */
 void sb_prefer_huge_pages(const sb_product *p) {
 #if defined(MADV_HUGEPAGE)
     enum { HUGE = 2 << 20 };
     const int64_t bytes = ((p->tokens - 1) * p->y_stride + p->weight.out_features) * sb_size_of(p->dtype);
     const uintptr_t y = (uintptr_t)p->y, start = (y + HUGE - 1) / HUGE * HUGE, end = (y + (size_t)bytes) / HUGE * HUGE;
-    if (bytes > SB_REUSED_BYTES) madvise((void *)start, end - start, MADV_HUGEPAGE);
+    if (bytes > REUSED_BYTES) madvise((void *)start, end - start, MADV_HUGEPAGE);
 #else
     (void)p;
 #endif
@@ -107,7 +126,7 @@ void sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int
 }
 
 sb_target sb_target_of(const sb_product *p, int64_t start, int64_t tokens, int64_t group) {
-    const int64_t size = sb_size_of(p->dtype), written = p->tokens * p->y_stride * size;
+    const int64_t size = sb_size_of(p->dtype);
     return (sb_target){
         .tokens = tokens,
         .group = group,
@@ -119,7 +138,6 @@ sb_target sb_target_of(const sb_product *p, int64_t start, int64_t tokens, int64
         .residual_stride = p->residual_stride,
         .activation = p->activation,
         .residual_first = p->residual_first,
-        .stream = sb_streamed(written),
     };
 }
 
@@ -130,3 +148,5 @@ int sb_arrange(sb_layer *first, sb_layer *second, int32_t threads) {
     const int status = sb_layer_arrange(first, memory, threads);
     return status == SB_OK && second ? sb_layer_arrange(second, memory + bytes, threads) : status;
 }
+
+int sb_product_streams(const sb_product *p) { return sb_streams(p->y, p->tokens * p->y_stride * sb_size_of(p->dtype)); }

@@ -29,7 +29,9 @@ size_t sb_normalized_bytes(const sb_product *p, int64_t group);
 void sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
                   char *normalized, char *packed);
 
-/* Where the results of tokens from `start` on go; their packed features are the caller's to add. */
+int sb_product_streams(const sb_product *p);
+
+/* Where the results of tokens from `start` on go; their packed features, and whether to stream, are the caller's to add. */
 sb_target sb_target_of(const sb_product *p, int64_t start, int64_t tokens, int64_t group);
 
 /* The weights of one layer or two as tiles want them, in one buffer. */

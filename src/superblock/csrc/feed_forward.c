@@ -8,6 +8,7 @@ typedef struct {
     const sb_feed_forward *ff;
     sb_layer first, second;
     sb_partition partition;
+    int stream;   /* write y around the caches */
     int resident; /* L2 holds the weights of both beside the tokens */
 } feed_forward_job;
 
@@ -36,6 +37,7 @@ static int feed_forward_item(const void *context, int64_t item) {
     sb_layer_run(first, &inner, 0, first->rows, acc);
     sb_target outer = sb_target_of(&job->ff->second, start, tokens, cut->group);
     outer.packed = hidden;
+    outer.stream = job->stream;
     outer.following = job->resident ? NULL : first;
     sb_layer_run(second, &outer, 0, second->rows, acc);
     sb_finish_stores();
@@ -44,7 +46,7 @@ static int feed_forward_item(const void *context, int64_t item) {
 
 SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
     if (!ff->first.tokens) return SB_OK;
-    feed_forward_job job = {.ff = ff};
+    feed_forward_job job = {.ff = ff, .stream = sb_product_streams(&ff->second)};
     sb_layer_init(&job.first, &ff->first.weight, ff->first.dtype, ff->first.tokens);
     sb_layer_init(&job.second, &ff->second.weight, ff->first.dtype, ff->first.tokens);
     sb_prefer_huge_pages(&ff->second);

@@ -62,12 +62,10 @@ static inline int64_t sb_chunk(const sb_kernels *kernels, int64_t features) {
     while (features % chunk) chunk /= 2;
     return chunk;
 }
-/* Results of more than 8 MB leave the caches before anyone reads them, so writing around the caches loses nothing and
- * spares reading every line first (768 x 3072, 1576 tokens, float32, 90 %: 5.6 -> 4.5 ms). Beyond what malloc reuses
- * they are pages that the kernel has just zeroed in the caches: writing around those writes them twice (64 -> 256
- * channels, 56 x 56, 16 images, float32: 47 ms streamed, 26 not, 18 of them the kernel's). */
-enum { SB_STREAMED_BYTES = 8 << 20, SB_REUSED_BYTES = 32 << 20 };
-static inline int sb_streamed(int64_t bytes) { return bytes > SB_STREAMED_BYTES && bytes <= SB_REUSED_BYTES; }
+/* Whether to write `bytes` of results around the caches: they leave those before anyone reads them, and no line need be
+ * read first (768 x 3072, 1576 tokens, float32, 90 %: 5.6 -> 4.5 ms; 6304 tokens: 13.8 -> 11.4 of two threads). But not to
+ * pages that the kernel has yet to zero, in the caches: that would write them twice (38 ms, not 22). */
+int sb_streams(const void *results, int64_t bytes);
 /* Streamed stores become visible to other threads in no order of their own. */
 static inline void sb_finish_stores(void) {
 #if defined(__x86_64__)

@@ -35,7 +35,7 @@ typedef struct {
     int by_group;
     const sb_layer *following; /* as in sb_target */
     int64_t first_feature;     /* of those that are multiplied */
-    int unfinished;            /* y will be read again */
+    int stream, unfinished;    /* write y around the caches; y will be read again */
 } product_job;
 
 /* All block rows of a group before the next group, whose lines are fetched meanwhile. */
@@ -73,7 +73,7 @@ static int product_item(const void *context, int64_t item) {
     const int64_t before = job->first_feature * cut->group * layer->packed_size;
     target.packed = (const void *)((uintptr_t)scratch - (uintptr_t)before);
     target.following = job->following;
-    target.stream = target.stream && !job->unfinished;
+    target.stream = job->stream && !job->unfinished;
     const int64_t first = split_row(layer, part, cut->splits), last = split_row(layer, part + 1, cut->splits);
     float *acc = (float *)(scratch + packed_bytes);
     if (job->by_group) run_by_group(layer, &target, first, last, acc);
@@ -157,6 +157,8 @@ static int run_slabs(product_job *job, int64_t slabs, int32_t threads) {
  * those lines near (768 -> 3072, 90 %, 3152 tokens, float32, with a residual: 24 -> 17 ms), and fetching them in the
  * order in which they lie another part (128 -> 512 channels, 28 x 28, 16 images: 11.5 -> 8.4 ms). AMX waits for the
  * lines of any y that is not streamed (768 -> 3072, 90 %, 6304 tokens: 9.9 -> 7.7 ms). */
+enum { UNSTREAMED_BYTES = 32 << 20 };
+
 SB_API int sb_run_product(const sb_product *p) {
     if (!p->tokens) return SB_OK;
     product_job job = {.product = p};
@@ -165,8 +167,9 @@ SB_API int sb_run_product(const sb_product *p) {
     sb_prefer_huge_pages(p);
     const int64_t bytes = job.layer.padded_in * job.layer.packed_size, weight_bytes = sb_layer_bytes(&job.layer);
     const int64_t written = p->tokens * p->y_stride * sb_size_of(p->dtype);
+    job.stream = sb_product_streams(p);
     job.by_group = weight_bytes <= SB_RESIDENT_BYTES &&
-                   (p->residual || (job.layer.kernels->run && written > SB_REUSED_BYTES));
+                   (p->residual || (job.layer.kernels->run && !job.stream && written > UNSTREAMED_BYTES));
     job.following = weight_bytes > SB_RESIDENT_BYTES ? &job.layer : NULL;
     job.partition = sb_cut(p->tokens, job.layer.max_group, bytes, sb_tile_bytes(&job.layer, weight_bytes), job.layer.rows,
                         threads);

@@ -11,6 +11,7 @@ typedef struct {
     int64_t tokens, group, padded_tokens; /* of a sequence; padded to whole groups */
     int64_t unit;                         /* heads whose projections are whole blocks */
     size_t packed_bytes, unit_bytes, heads_bytes;
+    int stream; /* write y around the caches */
 } self_attention_job;
 
 /* The fewest heads whose features are whole blocks of the projection, or 0. */
@@ -88,6 +89,7 @@ static int sequence_item(const void *context, int64_t item) {
     sb_pack_tile(&job->output, &own, 0, job->tokens, job->group, NULL, packed);
     sb_target t = sb_target_of(&a->output, start, job->tokens, job->group);
     t.packed = packed;
+    t.stream = job->stream;
     sb_layer_run(&job->output, &t, 0, job->output.rows, acc);
     sb_finish_stores();
     return SB_OK;
@@ -104,6 +106,7 @@ SB_API int sb_run_self_attention(const sb_self_attention *a) {
     sb_layer_init(&job.projection, &a->projection.weight, dtype, job.tokens);
     sb_layer_init(&job.output, &a->output.weight, dtype, job.tokens);
     const int64_t most = sb_min(job.projection.max_group, job.output.max_group);
+    job.stream = sb_product_streams(&a->output);
     job.group = sb_ceil_div(job.tokens, sb_ceil_div(job.tokens, most));
     job.padded_tokens = sb_ceil_div(job.tokens, job.group) * job.group;
     const int64_t widest = sb_max(job.projection.padded_in * job.projection.packed_size,
