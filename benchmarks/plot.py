@@ -36,7 +36,8 @@ def main() -> None:
     for panel, dtype in zip(panels[0], dtypes, strict=True):
         draw(panel, [row for row in rows if row["dtype"] == dtype], dtype.removeprefix("torch."))
     panels[0][0].set_ylabel("speed-up over the best dense")
-    figure.suptitle(f"{in_}→{out}, {args.tokens} tokens, {results['machine']['threads']} thread")
+    threads = results["machine"]["threads"]
+    figure.suptitle(f"{in_}→{out}, {args.tokens} tokens, {threads} thread{'s' if threads > 1 else ''}")
     figure.tight_layout()
     figure.savefig(args.output, metadata={"Date": None})
 

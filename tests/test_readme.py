@@ -40,6 +40,21 @@ def test_the_results_are_those_of_the_committed_record() -> None:
     assert f"takes {sparse:.0f} ms,\ndense {dense:.0f} ms in torch: {dense / sparse:.2f}× as fast" in README
 
 
+def test_the_network_results_are_those_of_the_committed_records() -> None:
+    for dtype, name in (("float32", "networks-vit"), ("bfloat16", "networks-vit-bfloat16")):
+        record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for batch in (16, 1):
+            cells = [
+                f"{row['speedup']:.2f}×"
+                for sparsity in (0.8, 0.9)
+                for row in record["rows"]
+                if (row["batch"], row["sparsity"], row["tile"]) == (batch, sparsity, 64)
+            ]
+            label = f"{dtype}, batch {batch}"
+            line = f"| {label:<22} | {cells[0]:<5} | {cells[1]:<5} |"
+            assert line in README, line
+
+
 def test_the_gpu_results_are_those_of_the_committed_record() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in record["rows"]}
