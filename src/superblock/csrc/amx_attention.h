@@ -88,18 +88,7 @@ typedef struct {
 /* out, rows x columns tiles, = left right, or += with `add`. */
 SB_INLINE void multiply_tiles(const int rows, const int columns, const int add, product p, fetcher *fetching) {
     const int64_t bytes = p.out_stride * 4;
-    float *below = p.out + SIDE * p.out_stride;
-    if (add) {
-        _tile_loadd(0, p.out, bytes);
-        if (columns > 1) _tile_loadd(1, p.out + SIDE, bytes);
-        if (rows > 1) _tile_loadd(2, below, bytes);
-        if (rows > 1 && columns > 1) _tile_loadd(3, below + SIDE, bytes);
-    } else {
-        _tile_zero(0);
-        if (columns > 1) _tile_zero(1);
-        if (rows > 1) _tile_zero(2);
-        if (rows > 1 && columns > 1) _tile_zero(3);
-    }
+    start_sums(add, rows, columns, p.out, bytes);
     plan_fetches(fetching, p.steps);
     for (int64_t s = 0; s < p.steps; s++, p.left += 64, p.right += p.right_step) {
         fetch(fetching);
@@ -116,10 +105,7 @@ SB_INLINE void multiply_tiles(const int rows, const int columns, const int add, 
         }
         if (rows > 1 && columns > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, p.out, bytes);
-    if (columns > 1) _tile_stored(1, p.out + SIDE, bytes);
-    if (rows > 1) _tile_stored(2, below, bytes);
-    if (rows > 1 && columns > 1) _tile_stored(3, below + SIDE, bytes);
+    keep_sums(rows, columns, p.out, bytes);
 }
 
 /* Scores of `keys` keys from `first` on, both whole steps. */

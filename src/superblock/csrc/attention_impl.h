@@ -83,12 +83,6 @@ SB_INLINE void store_results_as(int dtype, int64_t vectors, const sb_head *head,
     }
 }
 
-/* function(dtype, ...) with the dtype constant. */
-#define SB_OF_DTYPE(dtype, function, ...)                            \
-    if ((dtype) == SB_FLOAT32) function(SB_FLOAT32, __VA_ARGS__);    \
-    else if ((dtype) == SB_BFLOAT16) function(SB_BFLOAT16, __VA_ARGS__); \
-    else function(SB_FLOAT16, __VA_ARGS__);
-
 static void load_queries(int64_t vectors, const sb_head *head, int64_t start, float *out) {
     SB_OF_DTYPE(head->dtype, load_queries_as, vectors, head, start, out)
 }

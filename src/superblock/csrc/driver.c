@@ -40,15 +40,13 @@ int sb_streams(const void *results, int64_t bytes) {
     return bytes > STREAMED_BYTES && is_resident((const char *)results + bytes / 2);
 }
 
-enum { REUSED_BYTES = 32 << 20 /* by malloc */ };
-
 /* Ask for fresh pages in pieces of 2 MB: faults of 4 KB cost more than the product (64 -> 256 channels: 26 -> 12 ms). */
 void sb_prefer_huge_pages(const sb_product *p) {
 #if defined(MADV_HUGEPAGE)
     enum { HUGE = 2 << 20 };
     const int64_t bytes = ((p->tokens - 1) * p->y_stride + p->weight.out_features) * sb_size_of(p->dtype);
     const uintptr_t y = (uintptr_t)p->y, start = (y + HUGE - 1) / HUGE * HUGE, end = (y + (size_t)bytes) / HUGE * HUGE;
-    if (bytes > REUSED_BYTES) madvise((void *)start, end - start, MADV_HUGEPAGE);
+    if (bytes > SB_REUSED_BYTES) madvise((void *)start, end - start, MADV_HUGEPAGE);
 #else
     (void)p;
 #endif

@@ -20,6 +20,9 @@ int64_t sb_tile_bytes(const sb_layer *layer, int64_t weight_bytes);
  * out too. A token takes `bytes` of the tile, `tile` at most. */
 sb_partition sb_cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads);
 
+/* Beyond this malloc hands out fresh pages. */
+enum { SB_REUSED_BYTES = 32 << 20 };
+
 void sb_prefer_huge_pages(const sb_product *p);
 
 /* Bytes of the normalized tokens of a group, before they are packed. */

@@ -45,6 +45,30 @@ static void prepare(int64_t panel, int64_t chunk) {
 
 static void finish(void) { _tile_release(); }
 
+/* Registers 0 to 3 from the 2 x 2 tiles of sums, or from zero, and back. */
+SB_INLINE void start_sums(const int add, const int rows, const int columns, const float *sums, int64_t stride) {
+    const char *below = (const char *)sums + SIDE * stride;
+    if (add) {
+        _tile_loadd(0, sums, stride);
+        if (columns > 1) _tile_loadd(1, sums + SIDE, stride);
+        if (rows > 1) _tile_loadd(2, below, stride);
+        if (rows > 1 && columns > 1) _tile_loadd(3, below + SIDE * 4, stride);
+    } else {
+        _tile_zero(0);
+        if (columns > 1) _tile_zero(1);
+        if (rows > 1) _tile_zero(2);
+        if (rows > 1 && columns > 1) _tile_zero(3);
+    }
+}
+
+SB_INLINE void keep_sums(const int rows, const int columns, float *sums, int64_t stride) {
+    char *below = (char *)sums + SIDE * stride;
+    _tile_stored(0, sums, stride);
+    if (columns > 1) _tile_stored(1, sums + SIDE, stride);
+    if (rows > 1) _tile_stored(2, below, stride);
+    if (rows > 1 && columns > 1) _tile_stored(3, below + SIDE * 4, stride);
+}
+
 /* Adds to the sums in t->acc, or writes them. */
 SB_INLINE void multiply(const int add, const int rows, const int columns, const int chunk, int64_t outputs,
                         int64_t group, const sb_tile *t) {
@@ -52,18 +76,7 @@ SB_INLINE void multiply(const int add, const int rows, const int columns, const 
     const int64_t block_bytes = t->chunks * chunk_bytes, weight_bytes = chunk / 2 * pairs;
     const char *w = t->w;
     const int64_t stride = t->acc_stride * (int64_t)sizeof(float);
-    float *below = t->acc + SIDE * t->acc_stride;
-    if (add) {
-        _tile_loadd(0, t->acc, stride);
-        if (columns > 1) _tile_loadd(1, t->acc + SIDE, stride);
-        if (rows > 1) _tile_loadd(2, below, stride);
-        if (rows > 1 && columns > 1) _tile_loadd(3, below + SIDE, stride);
-    } else {
-        _tile_zero(0);
-        if (columns > 1) _tile_zero(1);
-        if (rows > 1) _tile_zero(2);
-        if (rows > 1 && columns > 1) _tile_zero(3);
-    }
+    start_sums(add, rows, columns, t->acc, stride);
     for (int64_t b = 0; b < t->blocks; b++) {
         const char *x = (const char *)t->x + t->cols[b] * block_bytes;
         for (int64_t c = 0; c < t->chunks; c++, x += chunk_bytes, w += weight_bytes) {
@@ -81,10 +94,7 @@ SB_INLINE void multiply(const int add, const int rows, const int columns, const 
             if (rows > 1 && columns > 1) _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, t->acc, stride);
-    if (columns > 1) _tile_stored(1, t->acc + SIDE, stride);
-    if (rows > 1) _tile_stored(2, below, stride);
-    if (rows > 1 && columns > 1) _tile_stored(3, below + SIDE, stride);
+    keep_sums(rows, columns, t->acc, stride);
 }
 
 /* Panels of blocks whose height is no multiple of 16; all others are run(). */

@@ -1,6 +1,12 @@
 /* What an instruction set provides besides its tiles: conversion, packing, the epilogue, its gradient and outer
  * products. */
 
+/* function(dtype, ...) with the dtype constant. */
+#define SB_OF_DTYPE(dtype, function, ...)                            \
+    if ((dtype) == SB_FLOAT32) function(SB_FLOAT32, __VA_ARGS__);    \
+    else if ((dtype) == SB_BFLOAT16) function(SB_BFLOAT16, __VA_ARGS__); \
+    else function(SB_FLOAT16, __VA_ARGS__);
+
 SB_INLINE int64_t size_of(int dtype) { return dtype == SB_FLOAT32 ? 4 : 2; }
 
 /* `count` elements as floats; lanes past the end are zero. */

@@ -136,9 +136,9 @@ static void set_ahead(const sb_layer *layer, const sb_target *t, int64_t row, in
     const int64_t height = layer->weight.block_out, groups = sb_ceil_div(t->tokens, t->group);
     const int64_t chunks = tile->blocks * tile->chunks * groups;
     int64_t next = row + sb_max(SB_MAX_PANEL / height, 1);
-    const sb_layer *of = next < layer->rows ? layer : t->following;
-    if (of != layer || next >= layer->rows) next -= layer->rows;
-    if (!of || next >= of->rows || !chunks) return;
+    const sb_layer *of = layer;
+    if (next >= layer->rows) of = t->following, next -= layer->rows;
+    if (next >= of->rows || !chunks) return;
     const int64_t size = sb_size_of(of->dtype), bytes = (of->ends[next] - of->starts[next]) * of->weight.block_stride * size;
     if (of->arranged_bytes && of == layer) tile->ahead = sb_layer_tile(of, next, offset, panel).w;
     else if (of->arranged_bytes || of->weight.ids) return; /* in no order */

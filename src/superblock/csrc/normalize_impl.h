@@ -47,7 +47,5 @@ SB_INLINE void normalize_of(int dtype, const sb_norm *norm, const void *row, int
 }
 
 static void normalize(int dtype, const sb_norm *norm, const void *row, int64_t features, void *out) {
-    if (dtype == SB_FLOAT32) normalize_of(SB_FLOAT32, norm, row, features, out);
-    else if (dtype == SB_BFLOAT16) normalize_of(SB_BFLOAT16, norm, row, features, out);
-    else normalize_of(SB_FLOAT16, norm, row, features, out);
+    SB_OF_DTYPE(dtype, normalize_of, norm, row, features, out)
 }

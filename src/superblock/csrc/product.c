@@ -97,6 +97,13 @@ static int32_t useful_threads(const sb_layer *layer, int64_t tokens, int32_t thr
     return (int32_t)sb_min(threads, sb_max(values * sb_max(tokens, 2) / least, 1));
 }
 
+static int run_tiles(product_job *job, int32_t threads) {
+    const sb_layer *layer = &job->layer;
+    job->partition = sb_cut(job->product->tokens, layer->max_group, layer->padded_in * layer->packed_size,
+                            sb_tile_bytes(layer, sb_layer_bytes(layer)), layer->rows, threads);
+    return sb_parallel(threads, job->partition.tiles * job->partition.splits, product_item, job);
+}
+
 /* The weights of a panel are read for every group of tokens, from L2 as long as there is room for them. Rows of more
  * living features than this are multiplied in slabs of columns, one after the other, each adding to y in float32 (4096 ->
  * 4096, 1576 tokens: at 10 % 442 ms in one slab, 290 in two, 278 in four; at 50 % 166 and 153; at 80 %, where 819 live,
@@ -145,9 +152,7 @@ static int run_slabs(product_job *job, int64_t slabs, int32_t threads) {
             part.residual = whole.y;
             part.residual_stride = whole.y_stride;
         }
-        const int64_t bytes = layer->padded_in * layer->packed_size;
-        job->partition = sb_cut(whole.tokens, layer->max_group, bytes, sb_tile_bytes(layer, sb_layer_bytes(layer)), rows, threads);
-        status = sb_parallel(threads, job->partition.tiles * job->partition.splits, product_item, job);
+        status = run_tiles(job, threads);
     }
     free(bounds);
     return status;
@@ -157,27 +162,22 @@ static int run_slabs(product_job *job, int64_t slabs, int32_t threads) {
  * those lines near (768 -> 3072, 90 %, 3152 tokens, float32, with a residual: 24 -> 17 ms), and fetching them in the
  * order in which they lie another part (128 -> 512 channels, 28 x 28, 16 images: 11.5 -> 8.4 ms). AMX waits for the
  * lines of any y that is not streamed (768 -> 3072, 90 %, 6304 tokens: 9.9 -> 7.7 ms). */
-enum { UNSTREAMED_BYTES = 32 << 20 };
-
 SB_API int sb_run_product(const sb_product *p) {
     if (!p->tokens) return SB_OK;
     product_job job = {.product = p};
     sb_layer_init(&job.layer, &p->weight, p->dtype, p->tokens);
     const int32_t threads = useful_threads(&job.layer, p->tokens, p->threads);
     sb_prefer_huge_pages(p);
-    const int64_t bytes = job.layer.padded_in * job.layer.packed_size, weight_bytes = sb_layer_bytes(&job.layer);
+    const int64_t weight_bytes = sb_layer_bytes(&job.layer);
     const int64_t written = p->tokens * p->y_stride * sb_size_of(p->dtype);
     job.stream = sb_product_streams(p);
     job.by_group = weight_bytes <= SB_RESIDENT_BYTES &&
-                   (p->residual || (job.layer.kernels->run && !job.stream && written > UNSTREAMED_BYTES));
+                   (p->residual || (job.layer.kernels->run && !job.stream && written > SB_REUSED_BYTES));
     job.following = weight_bytes > SB_RESIDENT_BYTES ? &job.layer : NULL;
-    job.partition = sb_cut(p->tokens, job.layer.max_group, bytes, sb_tile_bytes(&job.layer, weight_bytes), job.layer.rows,
-                        threads);
     const int status = sb_arrange(&job.layer, NULL, threads);
     if (status != SB_OK) return status;
     const int64_t slabs = count_slabs(p, &job.layer);
-    if (slabs > 1) return run_slabs(&job, slabs, threads);
-    return sb_parallel(threads, job.partition.tiles * job.partition.splits, product_item, &job);
+    return slabs > 1 ? run_slabs(&job, slabs, threads) : run_tiles(&job, threads);
 }
 
 SB_API int sb_run_rows(const sb_product *product, const sb_rows *rows) {
