@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import superblock.ops.feed_forward  # noqa: F401  Registers the op.
-from superblock.fuse import comes_from, watched
+from superblock.fuse import comes_from, fusible, watched
 from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
 
@@ -69,14 +69,11 @@ def feed_forward(
     x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tensor | None = None, norm: nn.Module | None = None
 ) -> Tensor:
     """``second(first(norm(x))) + residual``, in one pass over the tokens where no gradient is asked for."""
-    tensors = (x, first.values, first.bias, second.values, second.bias, residual)
-    graded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    uniform = all(tensor is None or tensor.dtype == x.dtype for tensor in tensors)
-    apart = graded or not uniform or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    inside = None if apart or norm is None else norm_of(norm, x, first)
+    whole = fusible(x, first.values, first.bias, second.values, second.bias, residual)
+    inside = norm_of(norm, x, first) if whole and norm is not None else None
     if norm is not None and inside is None:
         x = norm(x)
-    if apart:
+    if not whole:
         return second(first(x)) if residual is None else second.project(first(x), second.activation, residual)
     fused: Tensor = torch.ops.superblock.feed_forward(
         x,

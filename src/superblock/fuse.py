@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from superblock.nn import BSRConv2d, BSRLinear, FoldedBatchNorm
 
@@ -45,6 +46,14 @@ def count_uses(model: nn.Module) -> Counter[int]:
 def watched(*modules: nn.Module) -> bool:
     """Whether a hook would notice that one of the modules is not called."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def fusible(x: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether layers of these tensors can run as one on ``x``: on the CPU, in one dtype, no gradient asked for."""
+    present = [x, *(tensor for tensor in tensors if tensor is not None)]
+    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present)
+    uniform = all(tensor.dtype == x.dtype for tensor in present)
+    return x.device.type == "cpu" and uniform and not graded and not torch.is_autocast_enabled("cpu")
 
 
 def comes_from(module: nn.Module, library: str, *names: str) -> bool:

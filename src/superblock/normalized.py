@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from superblock.fuse import comes_from, watched
+from superblock.fuse import comes_from, fusible, watched
 from superblock.nn import BSRLinear, Norm
 
 
@@ -16,12 +15,8 @@ def norm_of(norm: nn.Module, x: Tensor, layer: object) -> Norm | None:
     where no gradient is asked for.
     """
     plain = type(norm) is nn.LayerNorm or comes_from(norm, "timm.", "LayerNorm")
-    if not plain or watched(norm) or type(layer) is not BSRLinear or watched(layer) or x.device.type != "cpu":
+    if not plain or watched(norm) or type(layer) is not BSRLinear or watched(layer):
         return None
     assert isinstance(norm, nn.LayerNorm)
-    tensors = [x, layer.values, *(tensor for tensor in (norm.weight, norm.bias, layer.bias) if tensor is not None)]
-    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    uniform = all(tensor.dtype == x.dtype for tensor in tensors) and tuple(norm.normalized_shape) == x.shape[-1:]
-    if graded or not uniform or torch.is_autocast_enabled("cpu"):
-        return None
-    return norm.weight, norm.bias, norm.eps
+    fits = tuple(norm.normalized_shape) == x.shape[-1:] and fusible(x, norm.weight, norm.bias, layer.values, layer.bias)
+    return (norm.weight, norm.bias, norm.eps) if fits else None

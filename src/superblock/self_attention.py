@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import superblock.ops.self_attention  # noqa: F401  Registers the op.
-from superblock.fuse import watched
+from superblock.fuse import fusible, watched
 from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
 
@@ -18,17 +18,15 @@ def attend_as_one(
 
     That is one pass over ``x`` in inference on the CPU, where nobody watches and nothing needs a gradient.
     """
-    if type(in_proj) is not BSRLinear or type(out_proj) is not BSRLinear or x.dim() != 3 or x.device.type != "cpu":
+    if type(in_proj) is not BSRLinear or type(out_proj) is not BSRLinear or x.dim() != 3:
         return None
     inner, hidden = out_proj.in_features, out_proj.out_features
     fits = in_proj.out_features == 3 * inner and in_proj.in_features == hidden == x.shape[-1] and inner % num_heads == 0
     plain = in_proj.activation == out_proj.activation == "none" and not watched(in_proj, out_proj)
     inside = None if norm is None else norm_of(norm, x, in_proj)
-    if not fits or not plain or (norm is not None and inside is None) or torch.is_autocast_enabled("cpu"):
+    if not fits or not plain or (norm is not None and inside is None):
         return None
-    tensors = [x, in_proj.values, in_proj.bias, out_proj.values, out_proj.bias]
-    graded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if graded or any(tensor is not None and tensor.dtype != x.dtype for tensor in tensors):
+    if not fusible(x, in_proj.values, in_proj.bias, out_proj.values, out_proj.bias):
         return None
     y: Tensor = torch.ops.superblock.self_attention(
         x,

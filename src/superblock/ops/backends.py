@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -26,6 +28,12 @@ def select(device_type: str, dtype: torch.dtype, block_height: int, block_width:
         if cuda.unsupported(dtype, block_height, block_width) is None:
             return cuda
     return reference
+
+
+def fused(operation: str, x: torch.Tensor, *values: torch.Tensor) -> Callable[..., Any] | None:
+    """The operation of the one backend that takes all of these weights on the CPU, or ``None``: then its steps run."""
+    chosen = {select("cpu", x.dtype, *blocks.shape[1:]) for blocks in values}
+    return getattr(chosen.pop(), operation, None) if len(chosen) == 1 else None
 
 
 def _cuda() -> ModuleType:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from superblock.ops import backends, library
 
-_WEIGHT = "Tensor values{0}, Tensor crow_indices{0}, Tensor col_indices{0}, Tensor? bias{0}"
+_WEIGHT = library.NUMBERED_WEIGHT
 library._lib.define(
     f"feed_forward(Tensor x, {_WEIGHT.format(1)}, {_WEIGHT.format(2)}, Tensor? residual, "
     "Tensor? norm_weight, Tensor? norm_bias, float? epsilon, "
@@ -39,11 +39,10 @@ def _compute(
 ) -> Tensor:
     first = (values1, crow1, col1, bias1, hidden_features, in_features)
     second = (values2, crow2, col2, bias2, out_features, hidden_features)
-    chosen = {backends.select("cpu", x.dtype, *values.shape[1:]) for values in (values1, values2)}
-    backend = chosen.pop()
     norm = None if epsilon is None else (norm_weight, norm_bias, epsilon)
-    if not chosen and hasattr(backend, "feed_forward"):
-        y: Tensor = backend.feed_forward(x, first, activation, second, residual, norm)
+    fused = backends.fused("feed_forward", x, values1, values2)
+    if fused is not None:
+        y: Tensor = fused(x, first, activation, second, residual, norm)
         return y
     ops = torch.ops.superblock
     if norm is not None:

@@ -28,6 +28,7 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 _lib = torch.library.Library("superblock", "DEF")
 _WEIGHT = "Tensor values, Tensor crow_indices, Tensor col_indices"
+NUMBERED_WEIGHT = "Tensor values{0}, Tensor crow_indices{0}, Tensor col_indices{0}, Tensor? bias{0}"
 _SHAPE = "int out_features, int in_features"
 _lib.define(f"bsr_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? residual, {_SHAPE}, str activation) -> Tensor")
 _lib.define(

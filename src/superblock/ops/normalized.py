@@ -32,9 +32,9 @@ def _compute(
     activation: str,
 ) -> Tensor:
     weight = values, crow_indices, col_indices, bias, residual, out_features, in_features, activation
-    backend = backends.select("cpu", x.dtype, *values.shape[1:])
-    if hasattr(backend, "linear_normalized"):
-        y: Tensor = backend.linear_normalized(x, (norm_weight, norm_bias, epsilon), *weight)
+    fused = backends.fused("linear_normalized", x, values)
+    if fused is not None:
+        y: Tensor = fused(x, (norm_weight, norm_bias, epsilon), *weight)
         return y
     normalized = F.layer_norm(x, (in_features,), norm_weight, norm_bias, epsilon)
     both: Tensor = torch.ops.superblock.bsr_linear(normalized, *weight)

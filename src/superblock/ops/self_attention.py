@@ -10,7 +10,7 @@ from torch import Tensor
 from superblock.ops import backends, library
 from superblock.ops.attention import attention
 
-_WEIGHT = "Tensor values{0}, Tensor crow_indices{0}, Tensor col_indices{0}, Tensor? bias{0}"
+_WEIGHT = library.NUMBERED_WEIGHT
 library._lib.define(
     "self_attention(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float? epsilon, "
     f"{_WEIGHT.format(1)}, {_WEIGHT.format(2)}, int num_heads, int inner_features) -> Tensor"
@@ -37,12 +37,10 @@ def _compute(
     first = (values1, crow1, col1, bias1, 3 * inner_features, features)
     second = (values2, crow2, col2, bias2, features, inner_features)
     norm = None if epsilon is None else (norm_weight, norm_bias, epsilon)
-    chosen = {backends.select("cpu", x.dtype, *values.shape[1:]) for values in (values1, values2)}
-    backend = chosen.pop()
-    if not chosen and hasattr(backend, "self_attention"):
-        fused: Tensor | None = backend.self_attention(x, norm, first, second, num_heads)
-        if fused is not None:
-            return fused
+    fused = backends.fused("self_attention", x, values1, values2)
+    whole: Tensor | None = None if fused is None else fused(x, norm, first, second, num_heads)
+    if whole is not None:
+        return whole
     ops = torch.ops.superblock
     if norm is None:
         qkv = ops.bsr_linear(x, *first[:4], None, *first[4:], "none")
