@@ -69,20 +69,19 @@ sb_partition sb_cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t ti
 }
 
 size_t sb_normalized_bytes(const sb_product *p, int64_t group) {
-    return p->norm.enabled ? sb_align((size_t)(group * p->weight.in_features * sb_size_of(p->dtype))) : 0;
+    enum { LINE = 64 / sizeof(float) };
+    if (!p->norm.enabled) return 0;
+    const int64_t features = p->weight.in_features, padded = sb_ceil_div(features, LINE) * LINE;
+    return sb_align((size_t)(group * features * sb_size_of(p->dtype) + 2 * padded * (int64_t)sizeof(float)));
 }
 
 /* The packed features of one group of tokens, normalized where they are to be. */
 static void pack_tokens(const sb_layer *layer, const sb_product *p, int64_t token, int64_t count, int64_t group,
-                        char *normalized, char *packed) {
+                        char *room, char *packed) {
     const int64_t size = sb_size_of(p->dtype), features = sb_min(p->weight.in_features, layer->padded_in);
     const void *rows[SB_MAX_GROUP] = {0};
-    for (int64_t m = 0; m < count; m++) {
-        rows[m] = (const char *)p->x + (token + m) * p->x_stride * size;
-        if (!p->norm.enabled) continue;
-        layer->kernels->normalize(p->dtype, &p->norm, rows[m], features, normalized + m * features * size);
-        rows[m] = normalized + m * features * size;
-    }
+    for (int64_t m = 0; m < count; m++) rows[m] = (const char *)p->x + (token + m) * p->x_stride * size;
+    if (p->norm.enabled) layer->kernels->normalize(p->dtype, &p->norm, rows, count, features, room);
     layer->kernels->pack(p->dtype, rows, group, features, layer->padded_in, layer->chunk, packed);
 }
 
@@ -114,12 +113,12 @@ static void pack_windows(const sb_layer *layer, const sb_product *p, int64_t tok
 }
 
 void sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
-                      char *normalized, char *packed) {
+                  char *room, char *packed) {
     for (int64_t token = 0; token < tokens; token += group) {
         const int64_t count = sb_min(group, tokens - token);
         char *out = packed + token * layer->padded_in * layer->packed_size;
         if (p->window.kernel_h) pack_windows(layer, p, start + token, count, group, out);
-        else pack_tokens(layer, p, start + token, count, group, normalized, out);
+        else pack_tokens(layer, p, start + token, count, group, room, out);
     }
 }
 

@@ -25,12 +25,12 @@ enum { SB_REUSED_BYTES = 32 << 20 };
 
 void sb_prefer_huge_pages(const sb_product *p);
 
-/* Bytes of the normalized tokens of a group, before they are packed. */
+/* Bytes for the norm's parameters as floats and the normalized tokens of a group, before they are packed. */
 size_t sb_normalized_bytes(const sb_product *p, int64_t group);
 
-/* The packed features of tokens from `start` on, group by group; `normalized` is room for those bytes. */
+/* The packed features of tokens from `start` on, group by group; `room` is for those bytes. */
 void sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
-                  char *normalized, char *packed);
+                  char *room, char *packed);
 
 int sb_product_streams(const sb_product *p);
 

@@ -92,7 +92,8 @@ typedef struct sb_kernels {
     int (*run)(const struct sb_layer *layer, const struct sb_target *target, int64_t first, int64_t last, float *acc);
     void (*lay_out)(const sb_panels *panels);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
-    void (*normalize)(int dtype, const sb_norm *norm, const void *row, int64_t features, void *out);
+    /* `rows` become normalized ones, in `room` of sb_normalized_bytes. */
+    void (*normalize)(int dtype, const sb_norm *norm, const void **rows, int64_t count, int64_t features, char *room);
     /* `ahead`, or NULL, is what the thread will probably attend to next: it may be fetched. Returns a status. */
     int (*attend)(const sb_head *head, const sb_head *ahead);
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */

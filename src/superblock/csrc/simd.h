@@ -33,19 +33,37 @@ SB_INLINE vec below(vec x, float limit, vec yes, vec no) {
 #endif
 }
 /* NaN stays NaN: the second operand of the instructions. */
-SB_INLINE vec clamp(vec x, float low, float high) {
+SB_INLINE vec at_least(vec x, float low) {
 #if SB_LANES == 16
-    return (vec)_mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), (__m512)x));
+    return (vec)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
 #else
-    return choose(x < low, splat(low), choose(x > high, splat(high), x));
+    return choose(x < low, splat(low), x);
 #endif
 }
+SB_INLINE vec at_most(vec x, float high) {
+#if SB_LANES == 16
+    return (vec)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
+#else
+    return choose(x > high, splat(high), x);
+#endif
+}
+SB_INLINE vec clamp(vec x, float low, float high) { return at_least(at_most(x, high), low); }
 SB_INLINE vec load(const float *p) {
     vec v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 SB_INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+SB_INLINE float sum_of_lanes(vec v) {
+#if SB_LANES == 16
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float all = v[0];
+    for (int i = 1; i < SB_LANES; i++) all += v[i];
+    return all;
+#endif
+}
 
 /* sum + a * b in the register of the sum: left to itself, gcc lets the result take over a factor's register and, with 28
  * sums, spills ten of them. A factor used once is read from memory by the product itself. */
@@ -95,7 +113,13 @@ SB_INLINE void turn(vec square[SB_LANES]) {
     }
 }
 
-SB_INLINE vec from_bfloat16(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
+SB_INLINE vec from_bfloat16(hvec h) {
+#if SB_LANES == 16 /* gcc widens the halves apart */
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+#endif
+}
 
 #ifdef SB_DOT_BFLOAT16
 SB_INLINE hvec to_bfloat16(vec v) { return (hvec)_mm512_cvtneps_pbh((__m512)v); }
