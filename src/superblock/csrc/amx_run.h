@@ -66,7 +66,7 @@ SB_INLINE void finish_lines(int activation, const int residual, const int preact
             vec first = load(sums) + low, second = load(sums + SB_LANES) + high;
             if (residual == RESIDUAL_FIRST) first += half_line(r, 0), second += half_line(r, 1);
             if (preactivation) store_line(stream, z, first, second);
-            first = activate(activation, first), second = activate(activation, second);
+            first = activate(SB_BFLOAT16, activation, first), second = activate(SB_BFLOAT16, activation, second);
             if (residual == RESIDUAL_LAST) first += half_line(r, 0), second += half_line(r, 1);
             store_line(stream, y, first, second);
             if (preactivation) z += stride;

@@ -88,7 +88,7 @@ SB_INLINE void pack_column(int dtype, int activation, const int step, const floa
     const vec start = load(bias + n);
     for (int64_t m = 0; m < l.rows; m++) {
         char lanes[SB_LANES * sizeof(float)];
-        store_as(out, lanes, 0, activate(activation, load(l.acc + m * l.acc_stride + n) + start));
+        store_as(out, lanes, 0, activate(dtype, activation, load(l.acc + m * l.acc_stride + n) + start));
         SB_UNROLL for (int i = 0; i < SB_LANES; i += step)
             if (i < left) memcpy(runs[i] + m * l.chunk * size, lanes + i * size, (size_t)(step * size));
     }
@@ -118,7 +118,7 @@ SB_INLINE void epilogue_rows(int dtype, int activation, const int residual, cons
             if (residual == RESIDUAL_FIRST) z += r;
             if (preactivation && stream) stream_as(dtype, l.preactivation, m * l.y_stride + n, z);
             else if (preactivation) store_part(dtype, l.preactivation, m * l.y_stride + n, left, z);
-            vec y = activate(activation, z);
+            vec y = activate(dtype, activation, z);
             if (residual == RESIDUAL_LAST) y += r;
             if (stream) stream_as(dtype, l.y, m * l.y_stride + n, y);
             else store_part(dtype, l.y, m * l.y_stride + n, left, y);
