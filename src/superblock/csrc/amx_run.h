@@ -62,7 +62,10 @@ SB_INLINE void finish_lines(int activation, const int residual, const int preact
                              : (uint16_t *)t->y + token * stride + column;
         uint16_t *z = preactivation ? (uint16_t *)t->preactivation + token * stride + column : NULL;
         const uint16_t *r = residual ? (const uint16_t *)t->residual + token * t->residual_stride + column : NULL;
+        const int64_t ahead = residual ? t->group * t->residual_stride : 0, y_ahead = t->group * stride;
         for (int64_t m = 0; m < count; m++, sums += k->outputs, y += stride) {
+            if (residual) __builtin_prefetch(r + ahead);
+            if (!stream && !packed) __builtin_prefetch(y + y_ahead, 1);
             vec first = load(sums) + low, second = load(sums + SB_LANES) + high;
             if (residual == RESIDUAL_FIRST) first += half_line(r, 0), second += half_line(r, 1);
             if (preactivation) store_line(stream, z, first, second);
