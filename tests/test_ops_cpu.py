@@ -262,6 +262,32 @@ def _gradient(grad: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Ten
     return torch.autograd.grad(reference.activate(z, activation), z, grad)[0]
 
 
+# (tokens, out, in, block): values laid out strip by strip or at once, by threads that share tokens or block rows; slabs.
+SHARED = [
+    (75, 1000, 48, (16, 16)),
+    (75, 400, 200, (64, 32)),
+    (40, 700, 80, (24, 40)),
+    (90, 136, 8000, (8, 16)),
+    (600, 160, 4500, (32, 16)),
+]
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "out", "in_", "block"), SHARED)
+def test_values_are_laid_out_for_any_number_of_threads(tokens, out, in_, block, dtype, packed) -> None:
+    values, crow, col = random_weight(out, in_, block, dtype, packed=packed)
+    x, residual = torch.randn(tokens, in_).to(dtype), torch.randn(tokens, out).to(dtype)
+    want = reference.linear(x.double(), values.double(), crow, col, None, residual.double(), out, in_, "none")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert_near(cpu.linear(x, values, crow, col, None, residual, out, in_, "none"), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_gradients_are_the_same_bits_every_time_and_on_any_number_of_threads() -> None:
     values, crow, col = random_weight(256, 192, (32, 32))
     grad, x = torch.randn(301, 256), torch.randn(301, 192)

@@ -269,9 +269,10 @@ static int64_t width_of(int64_t block_out, int64_t outputs) {
     return outputs;
 }
 
-static part part_of(const sb_layer *layer, const sb_target *t, int64_t row, int64_t offset) {
-    const sb_tile tile = sb_layer_tile(layer, row, offset, SIDE);
+static part part_of(const sb_layer *layer, const sb_target *t, int64_t row, int64_t offset, int64_t width, char **room) {
+    const sb_tile tile = sb_layer_tile(layer, row, offset, SIDE, room);
     if (!tile.blocks) return empty_part();
+    for (int64_t more = SIDE; more < width; more += SIDE) sb_layer_tile(layer, row, offset + more, SIDE, room);
     const int64_t column_bytes = tile.blocks * layer->weight.block_in * SIDE * 2;
     return (part){t->packed, tile.w, tile.cols, tile.blocks, tile.chunks, column_bytes};
 }
@@ -286,11 +287,12 @@ static int run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t
               .outputs = t->group > SIDE ? TALL : WIDE,
               .finish = finisher_of(t, first * block_out)};
     strip s = {.width = width_of(block_out, k.outputs)};
+    char *room = NULL;
     prepare(SIDE, layer->chunk);
     for (int64_t row = first; row < last; row++)
         for (int64_t offset = 0; offset < block_out && row * block_out + offset < columns; offset += s.width) {
-            if (!s.outputs) s.column = row * block_out + offset;
-            s.parts[s.outputs / s.width] = part_of(layer, t, row, offset);
+            if (!s.outputs) s.column = row * block_out + offset, room = t->strip;
+            s.parts[s.outputs / s.width] = part_of(layer, t, row, offset, s.width, &room);
             s.outputs += s.width;
             if (s.outputs == k.outputs) {
                 run_strip(&k, &s);

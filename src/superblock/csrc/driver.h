@@ -37,7 +37,11 @@ int sb_product_streams(const sb_product *p);
 /* Where the results of tokens from `start` on go; their packed features, and whether to stream, are the caller's to add. */
 sb_target sb_target_of(const sb_product *p, int64_t start, int64_t tokens, int64_t group);
 
-/* The weights of one layer or two as tiles want them, in one buffer. */
-int sb_arrange(sb_layer *first, sb_layer *second, int32_t threads);
+/* Where no thread comes to a strip of weights twice, it lays its values out just before they are multiplied, which spares
+ * them the way through memory. */
+int sb_arranges_strips(const sb_layer *layer, int64_t tiles, int32_t threads);
+
+/* Otherwise, those of one layer or two, in one buffer. */
+int sb_arrange(sb_layer *first, sb_layer *second, int64_t tiles, int32_t threads);
 
 #endif

@@ -20,15 +20,18 @@ static int feed_forward_item(const void *context, int64_t item) {
     const int64_t start = item * cut->tile, tokens = sb_min(cut->tile, p->tokens - start);
     const size_t x_bytes = sb_align((size_t)(cut->tile * first->padded_in * first->packed_size));
     const size_t hidden_bytes = sb_align((size_t)(cut->tile * second->padded_in * second->packed_size));
-    char *x = sb_scratch(SB_ITEM, x_bytes + hidden_bytes + SB_ACC_BYTES + sb_normalized_bytes(p, cut->group));
+    const size_t strip_bytes = (size_t)sb_max(sb_layer_strip_bytes(first), sb_layer_strip_bytes(second));
+    const size_t bytes = x_bytes + hidden_bytes + strip_bytes + SB_ACC_BYTES;
+    char *x = sb_scratch(SB_ITEM, bytes + sb_normalized_bytes(p, cut->group));
     if (!x) return SB_NO_MEMORY;
-    char *hidden = x + x_bytes;
-    float *acc = (float *)(hidden + hidden_bytes);
-    sb_pack_tile(first, p, start, tokens, cut->group, hidden + hidden_bytes + SB_ACC_BYTES, x);
+    char *hidden = x + x_bytes, *strip = hidden + hidden_bytes;
+    float *acc = (float *)(strip + strip_bytes);
+    sb_pack_tile(first, p, start, tokens, cut->group, x + bytes, x);
     const int64_t covered = first->rows * first->weight.block_out;
     if (covered < second->padded_in) memset(hidden, 0, hidden_bytes); /* features only the second's blocks reach */
     sb_target inner = sb_target_of(p, 0, tokens, cut->group);
     inner.packed = x;
+    inner.strip = strip;
     inner.following = job->resident ? NULL : second;
     inner.next = hidden;
     inner.next_padded = second->padded_in;
@@ -37,6 +40,7 @@ static int feed_forward_item(const void *context, int64_t item) {
     sb_layer_run(first, &inner, 0, first->rows, acc);
     sb_target outer = sb_target_of(&job->ff->second, start, tokens, cut->group);
     outer.packed = hidden;
+    outer.strip = strip;
     outer.stream = job->stream;
     outer.following = job->resident ? NULL : first;
     sb_layer_run(second, &outer, 0, second->rows, acc);
@@ -55,7 +59,7 @@ SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
     job.resident = weight_bytes <= SB_RESIDENT_BYTES;
     job.partition = sb_cut(ff->first.tokens, sb_min(job.first.max_group, job.second.max_group), bytes,
                         sb_tile_bytes(&job.first, weight_bytes), 1, ff->first.threads);
-    const int status = sb_arrange(&job.first, &job.second, ff->first.threads);
+    const int status = sb_arrange(&job.first, &job.second, job.partition.tiles, ff->first.threads);
     if (status != SB_OK) return status;
     return sb_parallel(ff->first.threads, job.partition.tiles, feed_forward_item, &job);
 }

@@ -65,10 +65,10 @@ static char *arranged_panel(const sb_layer *layer, int64_t row, int64_t offset) 
     return layer->arranged + (before * w->block_out + blocks * offset) * w->block_in * sb_size_of(layer->dtype);
 }
 
-static void arrange_panel(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel, char *out) {
+static void arrange_panel(const sb_layer *layer, int64_t first, int64_t last, int64_t offset, int64_t panel, char *out) {
     const sb_weight *w = &layer->weight;
     const int64_t size = sb_size_of(layer->dtype);
-    for (int64_t e = w->crow[row]; e < w->crow[row + 1]; e++, out += w->block_in * panel * size) {
+    for (int64_t e = first; e < last; e++, out += w->block_in * panel * size) {
         const int64_t block = w->ids ? w->ids[e] : e;
         const char *in = (const char *)w->values + (block * w->block_stride + offset * w->out_stride) * size;
         if (layer->kernels->pair)
@@ -81,9 +81,17 @@ static int arrange_row(const void *context, int64_t row) {
     const sb_layer *layer = context;
     for (int64_t offset = 0, panel; offset < layer->weight.block_out; offset += panel) {
         panel = panel_at(layer, offset);
-        arrange_panel(layer, row, offset, panel, arranged_panel(layer, row, offset));
+        const int32_t *entries = layer->weight.crow + row;
+        arrange_panel(layer, entries[0], entries[1], offset, panel, arranged_panel(layer, row, offset));
     }
     return SB_OK;
+}
+
+int64_t sb_layer_strip_bytes(const sb_layer *layer) {
+    int64_t most = 0;
+    if (!layer->arranged_bytes || layer->arranged) return 0;
+    for (int64_t row = 0; row < layer->rows; row++) most = sb_max(most, layer->ends[row] - layer->starts[row]);
+    return (int64_t)sb_align((size_t)(most * layer->weight.block_in * SB_MAX_PANEL * sb_size_of(layer->dtype)));
 }
 
 int sb_layer_arrange(sb_layer *layer, void *memory, int32_t threads) {
@@ -98,6 +106,7 @@ typedef struct {
     int64_t panels[SB_MAX_PANEL / 8];
     int64_t count, column, width;
     int64_t prepared; /* the panel that the kernels are prepared for */
+    char *room;       /* what its values have left of the target's */
 } strip;
 
 /* A panel's share of the lines that the next group will touch, in the order in which they lie. */
@@ -108,7 +117,7 @@ static void fetch_lines(const sb_target *t, int64_t first, int64_t bytes) {
     }
 }
 
-sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel) {
+sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel, char **strip) {
     const sb_weight *w = &layer->weight;
     const int64_t start = layer->starts[row], size = sb_size_of(layer->dtype);
     sb_tile tile = {.cols = w->cols + start,
@@ -116,7 +125,14 @@ sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_
                     .chunks = w->block_in / layer->chunk,
                     .chunk = layer->chunk};
     if (layer->arranged_bytes) {
-        tile.w = arranged_panel(layer, row, offset) + (start - w->crow[row]) * w->block_in * panel * size;
+        const int64_t block_bytes = w->block_in * panel * size;
+        if (layer->arranged) {
+            tile.w = arranged_panel(layer, row, offset) + (start - w->crow[row]) * block_bytes;
+        } else {
+            arrange_panel(layer, start, layer->ends[row], offset, panel, *strip);
+            tile.w = *strip;
+            *strip += tile.blocks * block_bytes;
+        }
         tile.block_stride = w->block_in * panel;
         tile.row_stride = panel;
     } else {
@@ -140,16 +156,16 @@ static void set_ahead(const sb_layer *layer, const sb_target *t, int64_t row, in
     if (next >= layer->rows) of = t->following, next -= layer->rows;
     if (next >= of->rows || !chunks) return;
     const int64_t size = sb_size_of(of->dtype), bytes = (of->ends[next] - of->starts[next]) * of->weight.block_stride * size;
-    if (of->arranged_bytes && of == layer) tile->ahead = sb_layer_tile(of, next, offset, panel).w;
+    if (of->arranged && of == layer) tile->ahead = sb_layer_tile(of, next, offset, panel, NULL).w;
     else if (of->arranged_bytes || of->weight.ids) return; /* in no order */
     else tile->ahead = (const char *)of->weight.values + of->starts[next] * of->weight.block_stride * size + bytes * offset / height;
     tile->ahead_lines = sb_min(sb_ceil_div(bytes * panel / height, 64 * chunks), MOST);
 }
 
 static void add_panel(const sb_layer *layer, const sb_target *t, int64_t row, int64_t offset, int64_t panel, strip *s) {
-    if (!s->count) s->column = row * layer->weight.block_out + offset;
+    if (!s->count) s->column = row * layer->weight.block_out + offset, s->room = t->strip;
     sb_tile *tile = &s->tiles[s->count];
-    *tile = sb_layer_tile(layer, row, offset, panel);
+    *tile = sb_layer_tile(layer, row, offset, panel, &s->room);
     if (t->following) set_ahead(layer, t, row, offset, panel, tile);
     s->panels[s->count++] = panel;
     s->width += panel;

@@ -21,6 +21,9 @@ void sb_layer_init(sb_layer *layer, const sb_weight *weight, int32_t dtype, int6
 /* Lay the values out as tiles want them, in `memory` of `arranged_bytes`: once for all tokens of a call. */
 int sb_layer_arrange(sb_layer *layer, void *memory, int32_t threads);
 
+/* What a strip's values take where they have not been: then every strip lays out its own, in the target's `strip`. */
+int64_t sb_layer_strip_bytes(const sb_layer *layer);
+
 /* What its living blocks take. */
 int64_t sb_layer_bytes(const sb_layer *layer);
 
@@ -37,7 +40,8 @@ typedef struct sb_target {
     void *next; /* packed activations of a next product, instead of y */
     int64_t next_padded, next_size, next_chunk;
     int32_t activation, residual_first;
-    int stream; /* y is too large to be worth a place in the caches */
+    char *strip; /* room for sb_layer_strip_bytes */
+    int stream;  /* y is too large to be worth a place in the caches */
     const sb_layer *following; /* whose first weights come after these, to be fetched ahead; NULL: weights stay in L2 */
     const char *ahead_residual, *ahead_y; /* `group` dense rows to fetch meanwhile, for the next group; or NULL */
 } sb_target;
@@ -45,8 +49,8 @@ typedef struct sb_target {
 /* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);
 
-/* The tile of one panel, but for what a group of tokens places. */
-sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel);
+/* The tile of one panel, but for what a group of tokens places. Values not yet laid out go to `*strip`, which moves on. */
+sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel, char **strip);
 
 /* What becomes of the sums of `width` outputs from `column` on; sb_layer_place says for which tokens. */
 sb_epilogue sb_layer_epilogue(const sb_layer *layer, const sb_target *target, int64_t column, int64_t width);

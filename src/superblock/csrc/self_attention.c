@@ -114,7 +114,7 @@ SB_API int sb_run_self_attention(const sb_self_attention *a) {
     job.packed_bytes = sb_align((size_t)(job.padded_tokens * widest));
     job.unit_bytes = sb_align((size_t)(job.tokens * 3 * job.unit * a->features * size));
     job.heads_bytes = sb_align((size_t)(job.tokens * a->heads * a->features * size));
-    const int status = sb_arrange(&job.projection, &job.output, a->threads);
+    const int status = sb_arrange(&job.projection, &job.output, INT64_MAX, a->threads);
     if (status != SB_OK) return status;
     return sb_parallel(a->threads, a->sequences, sequence_item, &job);
 }
