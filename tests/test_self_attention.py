@@ -18,6 +18,14 @@ native = pytest.mark.usefixtures("nan_filled", isa.__name__)
 
 # (sequences, tokens, heads, features of a head, block): a block a head, several, a part of one; tails of every kind.
 CASES = [(2, 1, 2, 8, 8), (2, 37, 4, 16, 16), (4, 70, 4, 16, 32), (2, 131, 2, 48, 24), (2, 50, 1, 64, 16)]
+HEADS = [
+    (1, 1, 2, 8, 8),
+    (1, 37, 4, 16, 16),
+    (3, 70, 8, 16, 32),
+    (1, 131, 2, 48, 24),
+    (1, 290, 4, 16, 16),
+    (5, 50, 2, 64, 32),
+]
 
 
 def weights(inner: int, block: int, dtype: torch.dtype) -> tuple[cpu.Weight, cpu.Weight]:
@@ -50,6 +58,18 @@ def test_it_is_its_three_steps(sequences, tokens, heads, features, block, dtype)
 
 
 @native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("sequences", "tokens", "heads", "features", "block"), HEADS)
+def test_threads_take_heads_of_few_sequences(sequences, tokens, heads, features, block, dtype) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        test_it_is_its_three_steps(sequences, tokens, heads, features, block, dtype)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@native
 def test_it_agrees_with_float64() -> None:
     first, second = weights(32, 16, torch.float32)
     x = torch.randn(2, 45, 32)
@@ -66,7 +86,7 @@ def test_what_would_not_pay_or_fit_is_left_to_the_steps() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for sequences, tokens, heads, features, block in ((3, 9, 2, 8, 8), (2, 9000, 2, 16, 16), (2, 9, 3, 8, 16)):
+        for sequences, tokens, heads, features, block in ((3, 9, 2, 8, 16), (2, 9000, 2, 16, 16), (2, 9, 3, 8, 16)):
             first, second = weights(heads * features, block, torch.float32)
             x = torch.randn(sequences, tokens, heads * features)
             assert cpu.self_attention(x, None, first, second, heads) is None

@@ -270,9 +270,8 @@ static int64_t width_of(int64_t block_out, int64_t outputs) {
 }
 
 static part part_of(const sb_layer *layer, const sb_target *t, int64_t row, int64_t offset, int64_t width, char **room) {
-    const sb_tile tile = sb_layer_tile(layer, row, offset, SIDE, room);
+    const sb_tile tile = sb_layer_tile(layer, row, offset, width, SIDE, room);
     if (!tile.blocks) return empty_part();
-    for (int64_t more = SIDE; more < width; more += SIDE) sb_layer_tile(layer, row, offset + more, SIDE, room);
     const int64_t column_bytes = tile.blocks * layer->weight.block_in * SIDE * 2;
     return (part){t->packed, tile.w, tile.cols, tile.blocks, tile.chunks, column_bytes};
 }

@@ -120,20 +120,29 @@ SB_INLINE void interleave(const uint16_t *even, const uint16_t *odd, int64_t cou
     _mm512_mask_storeu_epi32(out, lanes, _mm512_permutexvar_epi16(order, both));
 }
 
-static void pair(const uint16_t *in, int64_t out_stride, int64_t in_stride, int64_t outputs, int64_t features,
-                 uint16_t *out) {
-    if (out_stride == 1) {
-        for (int64_t k = 0; k < features; k += 2, in += 2 * in_stride, out += 2 * outputs)
-            for (int64_t n = 0; n < outputs; n += SIDE)
-                interleave(in + n, in + in_stride + n, outputs < SIDE ? outputs : SIDE, out + 2 * n);
-        return;
-    }
-    /* A pair lies together: whole pairs are transposed. */
+/* A pair lies together: whole pairs are transposed. */
+static void transpose_pairs(const uint16_t *in, int64_t out_stride, int64_t outputs, int64_t features, uint16_t *out) {
     for (int64_t n = 0; n < outputs; n += 8)
         for (int64_t k = 0; k < features; k += 8)
             SB_UNROLL for (int i = 0; i < 8; i++)
                 SB_UNROLL for (int j = 0; j < 4; j++)
                     memcpy(out + (k / 2 + j) * 2 * outputs + 2 * (n + i), in + (n + i) * out_stride + k + 2 * j, 4);
+}
+
+/* All panels of a pair of features before the next pair: values are read in the order in which they lie. */
+static void pair(const uint16_t *in, int64_t out_stride, int64_t in_stride, int64_t outputs, int64_t features,
+                 int64_t panel, uint16_t *out, int64_t panel_stride) {
+    if (out_stride == 1) {
+        for (int64_t k = 0; k < features; k += 2, in += 2 * in_stride, out += 2 * panel) {
+            uint16_t *to = out;
+            for (const uint16_t *even = in; even < in + outputs; even += panel, to += panel_stride)
+                for (int64_t n = 0; n < panel; n += SIDE)
+                    interleave(even + n, even + in_stride + n, panel < SIDE ? panel : SIDE, to + 2 * n);
+        }
+        return;
+    }
+    for (int64_t n = 0; n < outputs / panel; n++, in += panel * out_stride, out += panel_stride)
+        transpose_pairs(in, out_stride, panel, features, out);
 }
 
 #include "amx_attention.h"

@@ -82,9 +82,10 @@ typedef struct sb_kernels {
     void (*epilogue)(const sb_epilogue *epilogue);
     void (*pack)(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, int64_t chunk,
                  void *packed);
-    /* Values as this one's tiles want them, [features / 2][outputs][2]; NULL: feature-major, as they are. */
+    /* Values as this one's tiles want them, panels of [features / 2][panel][2] `panel_stride` apart; NULL: feature-major,
+     * as they are. */
     void (*pair)(const uint16_t *in, int64_t out_stride, int64_t in_stride, int64_t outputs, int64_t features,
-                 uint16_t *out);
+                 int64_t panel, uint16_t *out, int64_t panel_stride);
     /* Before and after a thread's run of tiles of one shape; NULL: they need nothing. */
     void (*prepare)(int64_t panel, int64_t chunk);
     void (*finish)(void);

@@ -65,25 +65,31 @@ static char *arranged_panel(const sb_layer *layer, int64_t row, int64_t offset) 
     return layer->arranged + (before * w->block_out + blocks * offset) * w->block_in * sb_size_of(layer->dtype);
 }
 
-static void arrange_panel(const sb_layer *layer, int64_t first, int64_t last, int64_t offset, int64_t panel, char *out) {
+/* `width` outputs of entries [first, last), in panels one after the other. */
+static void arrange_panels(const sb_layer *layer, int64_t first, int64_t last, int64_t offset, int64_t width,
+                           int64_t panel, char *out) {
     const sb_weight *w = &layer->weight;
-    const int64_t size = sb_size_of(layer->dtype);
-    for (int64_t e = first; e < last; e++, out += w->block_in * panel * size) {
+    const sb_kernels *kernels = layer->kernels;
+    const int64_t size = sb_size_of(layer->dtype), block_size = w->block_in * panel, panel_size = (last - first) * block_size;
+    for (int64_t e = first; e < last; e++, out += block_size * size) {
         const int64_t block = w->ids ? w->ids[e] : e;
         const char *in = (const char *)w->values + (block * w->block_stride + offset * w->out_stride) * size;
-        if (layer->kernels->pair)
-            layer->kernels->pair((const uint16_t *)in, w->out_stride, w->in_stride, panel, w->block_in, (uint16_t *)out);
-        else layer->kernels->transpose((int)size, in, w->out_stride, panel, w->block_in, out);
+        if (kernels->pair) {
+            kernels->pair((const uint16_t *)in, w->out_stride, w->in_stride, width, w->block_in, panel, (uint16_t *)out, panel_size);
+            continue;
+        }
+        for (int64_t n = 0; n < width; n += panel)
+            kernels->transpose((int)size, in + n * w->out_stride * size, w->out_stride, panel, w->block_in,
+                               out + n / panel * panel_size * size);
     }
 }
 
 static int arrange_row(const void *context, int64_t row) {
     const sb_layer *layer = context;
-    for (int64_t offset = 0, panel; offset < layer->weight.block_out; offset += panel) {
-        panel = panel_at(layer, offset);
-        const int32_t *entries = layer->weight.crow + row;
-        arrange_panel(layer, entries[0], entries[1], offset, panel, arranged_panel(layer, row, offset));
-    }
+    const int32_t *entries = layer->weight.crow + row;
+    const int64_t height = layer->weight.block_out, rest = height % layer->panel, whole = height - rest;
+    arrange_panels(layer, entries[0], entries[1], 0, whole, layer->panel, arranged_panel(layer, row, 0));
+    if (rest) arrange_panels(layer, entries[0], entries[1], whole, rest, rest, arranged_panel(layer, row, whole));
     return SB_OK;
 }
 
@@ -117,7 +123,7 @@ static void fetch_lines(const sb_target *t, int64_t first, int64_t bytes) {
     }
 }
 
-sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel, char **strip) {
+sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t width, int64_t panel, char **strip) {
     const sb_weight *w = &layer->weight;
     const int64_t start = layer->starts[row], size = sb_size_of(layer->dtype);
     sb_tile tile = {.cols = w->cols + start,
@@ -129,9 +135,9 @@ sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_
         if (layer->arranged) {
             tile.w = arranged_panel(layer, row, offset) + (start - w->crow[row]) * block_bytes;
         } else {
-            arrange_panel(layer, start, layer->ends[row], offset, panel, *strip);
+            arrange_panels(layer, start, layer->ends[row], offset, width, panel, *strip);
             tile.w = *strip;
-            *strip += tile.blocks * block_bytes;
+            *strip += tile.blocks * w->block_in * width * size;
         }
         tile.block_stride = w->block_in * panel;
         tile.row_stride = panel;
@@ -156,7 +162,7 @@ static void set_ahead(const sb_layer *layer, const sb_target *t, int64_t row, in
     if (next >= layer->rows) of = t->following, next -= layer->rows;
     if (next >= of->rows || !chunks) return;
     const int64_t size = sb_size_of(of->dtype), bytes = (of->ends[next] - of->starts[next]) * of->weight.block_stride * size;
-    if (of->arranged && of == layer) tile->ahead = sb_layer_tile(of, next, offset, panel, NULL).w;
+    if (of->arranged && of == layer) tile->ahead = sb_layer_tile(of, next, offset, panel, panel, NULL).w;
     else if (of->arranged_bytes || of->weight.ids) return; /* in no order */
     else tile->ahead = (const char *)of->weight.values + of->starts[next] * of->weight.block_stride * size + bytes * offset / height;
     tile->ahead_lines = sb_min(sb_ceil_div(bytes * panel / height, 64 * chunks), MOST);
@@ -165,7 +171,7 @@ static void set_ahead(const sb_layer *layer, const sb_target *t, int64_t row, in
 static void add_panel(const sb_layer *layer, const sb_target *t, int64_t row, int64_t offset, int64_t panel, strip *s) {
     if (!s->count) s->column = row * layer->weight.block_out + offset, s->room = t->strip;
     sb_tile *tile = &s->tiles[s->count];
-    *tile = sb_layer_tile(layer, row, offset, panel, &s->room);
+    *tile = sb_layer_tile(layer, row, offset, panel, panel, &s->room);
     if (t->following) set_ahead(layer, t, row, offset, panel, tile);
     s->panels[s->count++] = panel;
     s->width += panel;

@@ -49,8 +49,9 @@ typedef struct sb_target {
 /* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);
 
-/* The tile of one panel, but for what a group of tokens places. Values not yet laid out go to `*strip`, which moves on. */
-sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t panel, char **strip);
+/* The tile of one panel, but for what a group of tokens places. Values not yet laid out go to `*strip`, which moves on,
+ * those of `width` outputs in as many panels. */
+sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_t width, int64_t panel, char **strip);
 
 /* What becomes of the sums of `width` outputs from `column` on; sb_layer_place says for which tokens. */
 sb_epilogue sb_layer_epilogue(const sb_layer *layer, const sb_target *target, int64_t column, int64_t width);

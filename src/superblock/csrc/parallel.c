@@ -14,7 +14,13 @@
 
 typedef void (*gomp_parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
-static gomp_parallel find_parallel(void) { return (gomp_parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel"); }
+/* Looked for until it is there. */
+static gomp_parallel find_parallel(void) {
+    static _Atomic(gomp_parallel) found;
+    gomp_parallel parallel = atomic_load(&found);
+    if (!parallel) atomic_store(&found, parallel = (gomp_parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return parallel;
+}
 
 static atomic_int threads_disabled;
 

@@ -125,7 +125,7 @@ static void lay_out_pairs(const sampled_job *job, const share *s, int64_t start,
                 stride = o->width;
             }
             if (turned) job->kernels->transpose(2, in, stride, PAIRED_TOKENS, o->width, out);
-            else job->kernels->pair(in, 1, stride, o->width, PAIRED_TOKENS, out);
+            else job->kernels->pair(in, 1, stride, o->width, PAIRED_TOKENS, o->width, out, 0);
         }
 }
 

@@ -1,5 +1,6 @@
-/* Self-attention between its two projections, a sequence at a time: queries, keys and values of a head or two are
- * multiplied and attended to before the next ones, so that only x and the result pass through memory.
+/* Self-attention between its two projections: queries, keys and values of a head or two are multiplied and attended to
+ * before the next ones, so that they never pass through memory. A thread takes whole sequences, whose heads then go into
+ * the out-projection from the cache too; where there are too few of them for the threads, it takes heads.
  */
 #include "driver.h"
 #include "parallel.h"
@@ -8,10 +9,11 @@ typedef struct {
     const sb_self_attention *a;
     const sb_kernels *kernels;
     sb_layer projection, output;
-    int64_t tokens, group, padded_tokens; /* of a sequence; padded to whole groups */
-    int64_t unit;                         /* heads whose projections are whole blocks */
-    size_t packed_bytes, unit_bytes, heads_bytes;
-    int stream; /* write y around the caches */
+    int64_t tokens, group;     /* of a sequence */
+    int64_t unit, units;       /* heads whose projections are whole blocks, and how many such */
+    size_t packed_bytes, unit_bytes, heads_bytes; /* of a sequence's tokens, a unit's queries, keys and values, all heads */
+    char *packed, *heads;      /* of all sequences, where threads take heads */
+    int stream;                /* write y around the caches */
 } self_attention_job;
 
 /* The fewest heads whose features are whole blocks of the projection, or 0. */
@@ -23,7 +25,7 @@ static int64_t heads_a_unit(const sb_self_attention *a) {
 }
 
 /* Queries, keys and values of heads [first, first + unit), side by side in `room`. */
-static void project(const self_attention_job *job, int64_t first, const char *packed, char *room, float *acc) {
+static void project(const self_attention_job *job, int64_t first, const char *packed, char *room, char *strip, float *acc) {
     const sb_self_attention *a = job->a;
     const sb_layer *layer = &job->projection;
     const int64_t width = job->unit * a->features, rows = width / layer->weight.block_out, size = sb_size_of(layer->dtype);
@@ -31,6 +33,7 @@ static void project(const self_attention_job *job, int64_t first, const char *pa
         const int64_t column = (part * a->heads + first) * a->features;
         const sb_target t = {
             .packed = packed,
+            .strip = strip,
             .tokens = job->tokens,
             .group = job->group,
             .bias = a->projection.bias,
@@ -72,14 +75,15 @@ static int sequence_item(const void *context, int64_t item) {
     const self_attention_job *job = context;
     const sb_self_attention *a = job->a;
     const int64_t start = item * job->tokens;
-    const size_t bytes = job->packed_bytes + job->unit_bytes + job->heads_bytes + SB_ACC_BYTES;
+    const size_t heads_bytes = sb_align(job->heads_bytes);
+    const size_t bytes = job->packed_bytes + job->unit_bytes + heads_bytes + SB_ACC_BYTES;
     char *packed = sb_scratch(SB_SEQUENCE, bytes + sb_normalized_bytes(&a->projection, job->group));
     if (!packed) return SB_NO_MEMORY;
     char *room = packed + job->packed_bytes, *heads = room + job->unit_bytes;
-    float *acc = (float *)(heads + job->heads_bytes);
+    float *acc = (float *)(heads + heads_bytes);
     sb_pack_tile(&job->projection, &a->projection, start, job->tokens, job->group, packed + bytes, packed);
     for (int64_t first = 0; first < a->heads; first += job->unit) {
-        project(job, first, packed, room, acc);
+        project(job, first, packed, room, NULL, acc);
         const int status = attend(job, first, room, heads);
         if (status != SB_OK) return status;
     }
@@ -95,26 +99,79 @@ static int sequence_item(const void *context, int64_t item) {
     return SB_OK;
 }
 
+/* The tokens of one group of a sequence, for all heads. */
+static int group_item(const void *context, int64_t item) {
+    const self_attention_job *job = context;
+    const sb_product *p = &job->a->projection;
+    const int64_t groups = sb_ceil_div(job->tokens, job->group), sequence = item / groups;
+    const int64_t token = item % groups * job->group, token_bytes = job->projection.padded_in * job->projection.packed_size;
+    const size_t bytes = sb_normalized_bytes(p, job->group);
+    char *room = bytes ? sb_scratch(SB_ITEM, bytes) : NULL;
+    if (bytes && !room) return SB_NO_MEMORY;
+    sb_pack_tile(&job->projection, p, sequence * job->tokens + token, sb_min(job->group, job->tokens - token), job->group,
+                 room, job->packed + (size_t)sequence * job->packed_bytes + token * token_bytes);
+    return SB_OK;
+}
+
+static int unit_item(const void *context, int64_t item) {
+    const self_attention_job *job = context;
+    const int64_t sequence = item / job->units, first = item % job->units * job->unit;
+    char *room = sb_scratch(SB_SEQUENCE, job->unit_bytes + SB_ACC_BYTES + (size_t)sb_layer_strip_bytes(&job->projection));
+    if (!room) return SB_NO_MEMORY;
+    float *acc = (float *)(room + job->unit_bytes);
+    char *strip = (char *)acc + SB_ACC_BYTES;
+    project(job, first, job->packed + (size_t)sequence * job->packed_bytes, room, strip, acc);
+    return attend(job, first, room, job->heads + (size_t)sequence * job->heads_bytes);
+}
+
+static int run_sequences(self_attention_job *job) {
+    const sb_self_attention *a = job->a;
+    const int status = sb_arrange(&job->projection, &job->output, INT64_MAX, a->threads);
+    if (status != SB_OK) return status;
+    return sb_parallel(a->threads, a->sequences, sequence_item, job);
+}
+
+static int run_heads(self_attention_job *job) {
+    const sb_self_attention *a = job->a;
+    job->packed = sb_scratch(SB_SHARED, (size_t)a->sequences * (job->packed_bytes + job->heads_bytes));
+    if (!job->packed) return SB_NO_MEMORY;
+    job->heads = job->packed + (size_t)a->sequences * job->packed_bytes;
+    int status = sb_arrange(&job->projection, NULL, a->sequences > 1 ? INT64_MAX : 0, a->threads);
+    if (status != SB_OK) return status;
+    status = sb_parallel(a->threads, a->sequences * sb_ceil_div(job->tokens, job->group), group_item, job);
+    if (status != SB_OK) return status;
+    status = sb_parallel(a->threads, a->sequences * job->units, unit_item, job);
+    if (status != SB_OK) return status;
+    sb_product own = a->output;
+    own.x = job->heads;
+    own.x_stride = a->heads * a->features;
+    return sb_run_product(&own);
+}
+
+static int shares_out(int64_t items, int64_t threads) { return items % threads == 0 || items >= 4 * threads; }
+
 SB_API int sb_run_self_attention(const sb_self_attention *a) {
+    enum { CACHED_BYTES = 1 << 20 }; /* the tokens of a sequence, and what becomes of them, stay in the caches */
     self_attention_job job = {.a = a, .unit = heads_a_unit(a)};
     if (!job.unit) return SB_UNSUPPORTED;
     if (!a->sequences || !a->projection.tokens) return SB_OK;
     const int32_t dtype = a->projection.dtype;
     const int64_t size = sb_size_of(dtype);
+    job.units = a->heads / job.unit;
     job.tokens = a->projection.tokens / a->sequences;
+    const int by_sequence = shares_out(a->sequences, a->threads), by_head = shares_out(a->sequences * job.units, a->threads);
+    if (job.tokens * a->projection.weight.in_features * size > CACHED_BYTES || !(by_sequence || by_head)) return SB_UNSUPPORTED;
     job.kernels = sb_kernels_for(dtype, job.tokens);
     sb_layer_init(&job.projection, &a->projection.weight, dtype, job.tokens);
     sb_layer_init(&job.output, &a->output.weight, dtype, job.tokens);
     const int64_t most = sb_min(job.projection.max_group, job.output.max_group);
     job.stream = sb_product_streams(&a->output);
     job.group = sb_ceil_div(job.tokens, sb_ceil_div(job.tokens, most));
-    job.padded_tokens = sb_ceil_div(job.tokens, job.group) * job.group;
+    const int64_t padded_tokens = sb_ceil_div(job.tokens, job.group) * job.group;
     const int64_t widest = sb_max(job.projection.padded_in * job.projection.packed_size,
                                   job.output.padded_in * job.output.packed_size);
-    job.packed_bytes = sb_align((size_t)(job.padded_tokens * widest));
+    job.packed_bytes = sb_align((size_t)(padded_tokens * widest));
     job.unit_bytes = sb_align((size_t)(job.tokens * 3 * job.unit * a->features * size));
-    job.heads_bytes = sb_align((size_t)(job.tokens * a->heads * a->features * size));
-    const int status = sb_arrange(&job.projection, &job.output, INT64_MAX, a->threads);
-    if (status != SB_OK) return status;
-    return sb_parallel(a->threads, a->sequences, sequence_item, &job);
+    job.heads_bytes = (size_t)(job.tokens * a->heads * a->features * size);
+    return by_sequence ? run_sequences(&job) : run_heads(&job);
 }

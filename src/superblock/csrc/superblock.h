@@ -110,7 +110,8 @@ SB_API int sb_run_feed_forward(const sb_feed_forward *ff);
 SB_API int sb_run_sampled(const sb_sampled *sampled);
 SB_API int sb_run_activation_gradient(const sb_gradient *gradient);
 SB_API int sb_run_attention(const sb_attention *attention);
-/* SB_UNSUPPORTED unless blocks of the projection and heads cover each other whole. */
+/* SB_UNSUPPORTED unless blocks of the projection and heads cover each other whole; and where the three steps take less
+ * time: of long sequences, and where neither sequences nor heads can be shared out to the threads. */
 SB_API int sb_run_self_attention(const sb_self_attention *attention);
 /* The instruction sets of this build, best first, as "avx512bf16 avx512 ..."; those the machine lacks are left out. */
 SB_API const char *sb_available(void);

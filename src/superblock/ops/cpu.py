@@ -190,22 +190,15 @@ def feed_forward(
     return y
 
 
-# The tokens of a sequence, their queries, keys, values and heads stay in the cache up to this many bytes of x.
-SEQUENCE_BYTES = 1 << 20
-
-
 def self_attention(x: Tensor, norm: Norm | None, first: Weight, second: Weight, num_heads: int) -> Tensor | None:
-    """``y = x + attention(norm(x) W₁ᵀ + b₁) W₂ᵀ + b₂`` of ``x [n, l, e]``, a sequence at a time.
+    """``y = x + attention(norm(x) W₁ᵀ + b₁) W₂ᵀ + b₂`` of ``x [n, l, e]``, a sequence or a head at a time.
 
-    ``None`` where that would take longer than the three steps: of few or long sequences; and where heads and blocks do
-    not cover each other.
+    ``None`` where that would take longer than the three steps: of long sequences, or too few heads for the threads; and
+    where heads and blocks do not cover each other.
     """
-    sequences, tokens, features = x.shape
+    sequences, _, features = x.shape
     inner, threads = second[5], get_num_threads()
-    shared = sequences % threads == 0 or sequences >= 4 * threads
-    if not x.numel() or not shared or tokens * features * x.element_size() > SEQUENCE_BYTES:
-        return None
-    if inner // num_heads % native.MULTIPLE:
+    if not x.numel() or inner // num_heads % native.MULTIPLE:
         return None
     dtype = first[0].dtype
     rows = rows_of(x, features, dtype)
