@@ -60,6 +60,15 @@ def test_heads_that_are_slices_of_one_projection(features: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1, 2.5])
+def test_many_queries_of_short_and_of_long_vectors(factor: float, dtype: torch.dtype) -> None:
+    """More queries than share their probabilities' memory; scores that need no maximum, and scores that do."""
+    q, k = (factor * heads_of(1, 2, tokens, 72, dtype) for tokens in (300, 530))
+    v = heads_of(1, 2, 530, 72, dtype)
+    assert_near(attention(q, k, v), F.scaled_dot_product_attention(q.double(), k.double(), v.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     q, k, v = (heads_of(1, 2, 9, 16, dtype) * factor for factor in (100, 100, 1))
     assert_near(attention(q, k, v), F.scaled_dot_product_attention(q.double(), k.double(), v.double()))

@@ -41,6 +41,15 @@ SB_INLINE vec power_of_two(vec x, const int terms) {
 #endif
 }
 
+#if SB_LANES == 16
+/* 2^x to 1e-4 of it, where that is a normal number. */
+SB_INLINE vec moderate_power(vec x) {
+    static const float coefficients[] = {6.932829274e-1f, 2.422109622e-1f, 5.500893142e-2f};
+    const vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    return (vec)_mm512_scalef_ps((__m512)(1.0f + r * polynomial(coefficients, 3, r)), (__m512)(x - r));
+}
+#endif
+
 SB_INLINE vec silu(vec x) { return x / (1.0f + exponential(-x)); }
 
 /* x/2 (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3). */

@@ -1,11 +1,5 @@
 /* How AMX walks a layer: one stream of products, in which every tile is finished while the next one multiplies.
  *
- * A sum that has just been multiplied cannot be stored before its 52 cycles are over, and its 16 waiting rows fill the
- * scheduler, so that nothing behind them starts: four stores at a tile's end cost 60 cycles, as much as four products.
- * Five registers of sums take turns instead: a tile starts on the one that the last tile left, and stores each of the
- * last tile's sums just before it needs the register, when that sum has long been there (16 products and 4 stores: 323
- * -> 266 cycles, 256 of them the products'). Its rows become results between the products that follow.
- *
  * A tile is wide, 16 tokens by 64 outputs, or tall, 32 by 32. The wide one reads the tokens once, past the weights of
  * its strip in L1, and writes 16 pages at a time, which is what the processor remembers for stores. Where weights come
  * from L2 as well, it would read five tiles for four products: the tall one reads four.
@@ -126,12 +120,6 @@ static void finish_rows(walk *k) {
 #define TOKENS_OF(i, half, load) \
     load(5, p[i].x + p[i].cols[block] * block_bytes + chunk * chunk_bytes + (half) * SIDE * row, row);
 #define WEIGHTS_OF(i, n, weights) _tile_loadd(weights, p[i].w + at + (n) * p[i].column_bytes, SIDE * 4);
-#define MORE(sum, weights) _tile_dpbf16ps(sum, 5, weights);
-/* The first product of a sum, and the last tile's sum of the register that is needed next. */
-#define START(sum, weights, last, place)    \
-    _tile_zero(sum);                        \
-    _tile_dpbf16ps(sum, 5, weights);        \
-    _tile_stored(last, k->sums + (place), outputs * 4);
 
 /* The steps that all parts have, the first of them done; the last tile's rows are finished in between. */
 #define COMMON_STEPS(products)                        \
@@ -151,8 +139,9 @@ static void finish_rows(walk *k) {
 
 #define TURN(name, tile_outputs, body)                                                                        \
     static void name(walk *k, const strip *s) {                                                               \
-        enum { outputs = tile_outputs };                                                                      \
+        enum { outputs = tile_outputs, sums_bytes = outputs * 4 };                                            \
         const part *p = s->parts;                                                                             \
+        float *const sums = k->sums;                                                                          \
         const int64_t row = k->layer->chunk * 2, weight_bytes = k->layer->chunk / 2 * SIDE * 4;               \
         const int64_t chunk_bytes = k->target->group * row, chunks = p[0].chunks;                             \
         const int64_t block_bytes = k->layer->weight.block_in * 2 * k->target->group;                         \
@@ -207,16 +196,8 @@ static void finish_rows(walk *k) {
         OTHER_STEPS(1, TALL_1(1, 7, MORE(a2, 7), MORE(a3, 7)))                                                \
     })
 
-WIDE_TURN(wide0, 0, 1, 2, 3, 4)
-WIDE_TURN(wide1, 4, 0, 1, 2, 3)
-WIDE_TURN(wide2, 3, 4, 0, 1, 2)
-WIDE_TURN(wide3, 2, 3, 4, 0, 1)
-WIDE_TURN(wide4, 1, 2, 3, 4, 0)
-TALL_TURN(tall0, 0, 1, 2, 3, 4)
-TALL_TURN(tall1, 4, 0, 1, 2, 3)
-TALL_TURN(tall2, 3, 4, 0, 1, 2)
-TALL_TURN(tall3, 2, 3, 4, 0, 1)
-TALL_TURN(tall4, 1, 2, 3, 4, 0)
+EVERY_TURN(WIDE_TURN, wide)
+EVERY_TURN(TALL_TURN, tall)
 
 static const char nothing[SIDE * WIDE * 4];
 
@@ -228,12 +209,11 @@ static part empty_part(void) {
 
 /* Multiplies `rows` tokens from `token` on and finishes the tile before. */
 static void next_tile(walk *k, const strip *s, int64_t token, int64_t rows) {
-    static void (*const wide[])(walk *, const strip *) = {wide0, wide1, wide2, wide3, wide4};
-    static void (*const tall[])(walk *, const strip *) = {tall0, tall1, tall2, tall3, tall4};
+    static void (*const wide[])(walk *, const strip *) = TURNS_OF(wide), (*const tall[])(walk *, const strip *) = TURNS_OF(tall);
     k->left = k->rows;
     k->pace = sb_ceil_div(k->rows, sb_max(s->steps - 1, 1));
     (k->outputs == WIDE ? wide : tall)[k->turn](k, s);
-    k->turn = k->turn == 4 ? 0 : k->turn + 1;
+    k->turn = next_turn(k->turn);
     k->column = s->column;
     k->columns = s->outputs;
     k->token = token;

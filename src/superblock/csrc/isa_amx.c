@@ -145,6 +145,8 @@ static void pair(const uint16_t *in, int64_t out_stride, int64_t in_stride, int6
         transpose_pairs(in, out_stride, panel, features, out);
 }
 
+#include "amx_turns.h"
+
 #include "amx_attention.h"
 #include "amx_run.h"
 
