@@ -262,7 +262,7 @@ def _gradient(grad: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Ten
     return torch.autograd.grad(reference.activate(z, activation), z, grad)[0]
 
 
-# (tokens, out, in, block): values laid out strip by strip or at once, by threads that share tokens or block rows; slabs.
+# (tokens, out, in, block): values laid out by strips or at once, by threads that share tokens or block rows; slabs.
 SHARED = [
     (75, 1000, 48, (16, 16)),
     (75, 400, 200, (64, 32)),
