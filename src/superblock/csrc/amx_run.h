@@ -1,6 +1,6 @@
 /* How AMX walks a layer: one stream of products, in which every tile is finished while the next one multiplies.
  *
- * A tile is wide, 16 tokens by 64 outputs, of which a group holds one or two, or tall, 32 by 32. The wide one reads the tokens once, past the weights of
+ * A tile is wide, 16 tokens by 64 outputs, or tall, 32 by 32. The wide one reads the tokens once, past the weights of
  * its strip in L1, and writes 16 pages at a time, which is what the processor remembers for stores. Where weights come
  * from L2 as well, it would read five tiles for four products: the tall one reads four.
  */
@@ -31,7 +31,6 @@ typedef struct walk {
     int turn;        /* which register the next tile starts on */
     float *sums;     /* of the last tile, and where it was */
     int64_t column, columns, token, rows;
-    int64_t below; /* tokens of its group that come before it */
     int64_t left, pace; /* rows of it to be finished, rows at a time */
 } walk;
 
@@ -53,7 +52,7 @@ SB_INLINE void finish_lines(int activation, const int residual, const int preact
         const float *sums = k->sums + row * k->outputs + line;
         const uint16_t *bias = t->bias ? (const uint16_t *)t->bias + column : NULL;
         const vec low = bias ? half_line(bias, 0) : splat(0.0f), high = bias ? half_line(bias, 1) : splat(0.0f);
-        uint16_t *y = packed ? (uint16_t *)t->next + (k->token - k->below) * t->next_padded + column * t->group + (k->below + row) * 32
+        uint16_t *y = packed ? (uint16_t *)t->next + k->token * t->next_padded + column * t->group + row * 32
                              : (uint16_t *)t->y + token * stride + column;
         uint16_t *z = preactivation ? (uint16_t *)t->preactivation + token * stride + column : NULL;
         const uint16_t *r = residual ? (const uint16_t *)t->residual + token * t->residual_stride + column : NULL;
@@ -102,9 +101,7 @@ static void finish_any(const walk *k, int64_t row, int64_t count) {
     (void)count;
     if (row) return;
     sb_epilogue e = sb_layer_epilogue(k->layer, k->target, k->column, k->columns);
-    sb_layer_place(k->layer, k->target, k->target->next ? k->token - k->below : k->token, k->column, &e);
-    if (e.packed) e.packed = (char *)e.packed + k->below * k->target->next_chunk * k->target->next_size;
-    e.rows = k->rows;
+    sb_layer_place(k->layer, k->target, k->token, k->column, &e);
     e.acc = k->sums;
     e.acc_stride = k->outputs;
     e.stream = 0;
@@ -210,8 +207,8 @@ static part empty_part(void) {
     return (part){.x = nothing, .w = nothing, .cols = nowhere, .blocks = 1, .chunks = 1};
 }
 
-/* Multiplies `rows` tokens from `token` on, and `below` in their group, and finishes the tile before. */
-static void next_tile(walk *k, const strip *s, int64_t token, int64_t below, int64_t rows) {
+/* Multiplies `rows` tokens from `token` on and finishes the tile before. */
+static void next_tile(walk *k, const strip *s, int64_t token, int64_t rows) {
     static void (*const wide[])(walk *, const strip *) = TURNS_OF(wide), (*const tall[])(walk *, const strip *) = TURNS_OF(tall);
     k->left = k->rows;
     k->pace = sb_ceil_div(k->rows, sb_max(s->steps - 1, 1));
@@ -220,7 +217,6 @@ static void next_tile(walk *k, const strip *s, int64_t token, int64_t below, int
     k->column = s->column;
     k->columns = s->outputs;
     k->token = token;
-    k->below = below;
     k->rows = rows;
 }
 
@@ -229,17 +225,10 @@ static void run_strip(walk *k, strip *s) {
     const int64_t parts = k->outputs / s->width, group_bytes = t->group * k->layer->padded_in * k->layer->packed_size;
     s->steps = INT64_MAX;
     for (int i = 0; i < parts; i++) s->steps = sb_min(s->steps, s->parts[i].blocks * s->parts[i].chunks);
-    const int64_t tile = k->outputs == WIDE ? SIDE : TALL, tile_bytes = tile * k->layer->chunk * 2;
     for (int64_t token = 0; token < t->tokens; token += t->group) {
-        const int64_t rows = t->next ? t->group : sb_min(t->group, t->tokens - token);
-        int64_t moved = 0;
-        for (int64_t below = 0; below < rows; below += tile) {
-            next_tile(k, s, token + below, below, sb_min(tile, rows - below));
-            const int64_t bytes = below + tile < rows ? tile_bytes : group_bytes - moved;
-            for (int i = 0; i < parts; i++)
-                if (s->parts[i].x != nothing) s->parts[i].x += bytes;
-            moved += bytes;
-        }
+        next_tile(k, s, token, t->next ? t->group : sb_min(t->group, t->tokens - token));
+        for (int i = 0; i < parts; i++)
+            if (s->parts[i].x != nothing) s->parts[i].x += group_bytes;
     }
 }
 
@@ -274,7 +263,7 @@ static int run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t
     walk k = {.layer = layer,
               .target = t,
               .sums = acc,
-              .outputs = t->group > SIDE && layer->max_group > SIDE ? TALL : WIDE,
+              .outputs = t->group > SIDE ? TALL : WIDE,
               .finish = finisher_of(t, first * block_out)};
     strip s = {.width = width_of(block_out, k.outputs)};
     char *room = NULL;
@@ -296,7 +285,7 @@ static int run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t
     /* Nothing follows the last tile. */
     for (int i = 0; i < 4; i++) s.parts[i] = empty_part();
     s.steps = 1;
-    next_tile(&k, &s, 0, 0, 0);
+    next_tile(&k, &s, 0, 0);
     finish();
     return 1;
 }

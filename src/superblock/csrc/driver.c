@@ -23,11 +23,6 @@ int64_t sb_tile_bytes(const sb_layer *layer, int64_t weight_bytes) {
     return layer->packed_size == 4 ? l2 / 10 : l2 / 5;
 }
 
-int64_t sb_common_group(const sb_layer *first, const sb_layer *second) {
-    if (first->kernels->run) return sb_max(first->max_group, second->max_group);
-    return sb_min(first->max_group, second->max_group);
-}
-
 /* Whether memory has been written before: of pages as large as these results the kernel gives fresh ones otherwise. */
 static int is_resident(const void *memory) {
 #if defined(__linux__)

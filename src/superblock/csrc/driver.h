@@ -13,9 +13,6 @@ typedef struct {
  * arrive while this one multiplies (4096 -> 4096, float32, 50 %: 123 -> 151 GFLOP/s of one core). */
 enum { SB_RESIDENT_BYTES = 1 << 20 };
 
-/* The most tokens a group that both layers take: kernels that walk a layer in their own way cut groups themselves. */
-int64_t sb_common_group(const sb_layer *first, const sb_layer *second);
-
 /* Bytes that the packed tokens of a tile may take. */
 int64_t sb_tile_bytes(const sb_layer *layer, int64_t weight_bytes);
 

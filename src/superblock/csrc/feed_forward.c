@@ -57,7 +57,7 @@ SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
     const int64_t bytes = (job.first.padded_in + job.second.padded_in) * job.first.packed_size;
     const int64_t weight_bytes = sb_layer_bytes(&job.first) + sb_layer_bytes(&job.second);
     job.resident = weight_bytes <= SB_RESIDENT_BYTES;
-    job.partition = sb_cut(ff->first.tokens, sb_common_group(&job.first, &job.second), bytes,
+    job.partition = sb_cut(ff->first.tokens, sb_min(job.first.max_group, job.second.max_group), bytes,
                         sb_tile_bytes(&job.first, weight_bytes), 1, ff->first.threads);
     const int status = sb_arrange(&job.first, &job.second, job.partition.tiles, ff->first.threads);
     if (status != SB_OK) return status;

@@ -164,7 +164,7 @@ SB_API int sb_run_self_attention(const sb_self_attention *a) {
     job.kernels = sb_kernels_for(dtype, job.tokens);
     sb_layer_init(&job.projection, &a->projection.weight, dtype, job.tokens);
     sb_layer_init(&job.output, &a->output.weight, dtype, job.tokens);
-    const int64_t most = sb_common_group(&job.projection, &job.output);
+    const int64_t most = sb_min(job.projection.max_group, job.output.max_group);
     job.stream = sb_product_streams(&a->output);
     job.group = sb_ceil_div(job.tokens, sb_ceil_div(job.tokens, most));
     const int64_t padded_tokens = sb_ceil_div(job.tokens, job.group) * job.group;
