@@ -366,7 +366,8 @@ static int attend(const sb_head *head, const sb_head *ahead) {
     t.results = t.lanes + run * SIDE;
     pair_keys(&t);
     fetcher fetching;
-    fetch_during(&fetching, head->queries * blocks * (sb_ceil_div(columns, 4) + block / ACROSS), ahead);
+    const int64_t products = keys / ACROSS * steps + sb_ceil_div(columns, 4) * (keys / STEP); /* of 16 queries */
+    fetch_during(&fetching, sb_ceil_div(head->queries, SIDE) * products, ahead);
     prepare(STEP, SB_LONGEST_CHUNK);
     stream k = {.head = &t, .fetching = &fetching};
     for (k.start = 0; k.start < head->queries; k.start += run) {
