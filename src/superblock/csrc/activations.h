@@ -21,6 +21,16 @@ SB_INLINE vec polynomial(const float *coefficients, const int terms, vec s) {
     return p;
 }
 
+/* The same in four chains of products: one as long as it has terms fills the scheduler before the next vector's starts
+ * (GELU of 768 x 3072, 1576 tokens, while it is laid out: 8.0 -> 6.7 ms with the products that follow). */
+SB_INLINE vec long_polynomial(const float *coefficients, const int terms, vec s) {
+    const vec square = s * s, fourth = square * square;
+    vec parts[4];
+    SB_UNROLL for (int i = terms - 1; i >= 0; i--)
+        parts[i & 3] = i >= terms - 4 ? splat(coefficients[i]) : parts[i & 3] * fourth + coefficients[i];
+    return (parts[0] + parts[1] * s) + (parts[2] + parts[3] * s) * square;
+}
+
 #define SB_LOG2_E 1.44269504f
 
 /* 2^x, x <= 0, to 2e-7 of it with 5 terms and 1e-4 with 3, exactly 1 for 0; 0 below 2^-126. The terms are minimax in
@@ -65,7 +75,7 @@ SB_INLINE vec gelu(vec x) {
         -2.496526391e-02f, 1.840616407e-02f, -1.308362187e-02f, 8.890172597e-03f, -4.855696285e-03f,
         2.052947941e-03f, -1.578817173e-03f, 1.387552580e-03f, -4.701936467e-04f};
     const vec low = at_least(x, -5.25f), c = at_most(low, 5.25f);
-    return low * (0.5f + c * polynomial(coefficients, 14, c * c * 0.0725623583f - 1.0f));
+    return low * (0.5f + c * long_polynomial(coefficients, 14, c * c * 0.0725623583f - 1.0f));
 }
 
 /* The same for what becomes bfloat16, half of whose last place is this error, 9e-5, at 0.04: P is minimax in c^2 on
@@ -74,7 +84,7 @@ SB_INLINE vec gelu_short(vec x) {
     static const float coefficients[] = {3.98500979e-1f,  -6.56577349e-2f, 9.37844813e-3f, -9.7156089e-4f,
                                          6.96895659e-5f, -3.24030248e-6f, 8.69273293e-8f, -1.01412545e-9f};
     const vec low = at_least(x, -4.125f), c = at_most(low, 4.125f);
-    return low * (0.5f + c * polynomial(coefficients, 8, c * c));
+    return low * (0.5f + c * long_polynomial(coefficients, 8, c * c));
 }
 
 SB_INLINE vec activate(int dtype, int activation, vec x) {
@@ -111,7 +121,7 @@ SB_INLINE vec gelu_slope(vec x) {
         4.956649616e-02f, -2.782363072e-02f, 4.100670107e-03f, -6.424903404e-03f, 1.212025899e-02f,
         -4.909866955e-03f};
     vec c = clamp(x, -5.5f, 5.5f);
-    return 0.5f + c * polynomial(coefficients, 16, c * c * 0.0661157025f - 1.0f);
+    return 0.5f + c * long_polynomial(coefficients, 16, c * c * 0.0661157025f - 1.0f);
 }
 
 SB_INLINE vec slope(int activation, vec x) {
