@@ -47,7 +47,12 @@ def fuzz(isa, dtype, tokens, out, in_, height, width, other, packed, density, th
     cpu.grad_input(grad, values, *index, out, in_)
     cpu.grad_values(grad, x, *index, out, in_, height, width)
     cpu.activation_gradient(grad.repeat(1, 2)[:, 1:1 + out], grad, "gelu")
-    cpu.feed_forward(x, (values, *index, bias, out, in_), "relu", (second, *second_index, None, in_, out))
+    chain = (values, *index, bias, out, in_), "gelu", (second, *second_index, None, in_, out)
+    cpu.feed_forward(x, *chain)
+    y, z = cpu.feed_forward_with_preactivation(x, *chain, x)
+    cpu.feed_forward_gradient(y, z, *chain)
+    cpu.grad_values(y, z, *second_index, in_, out, other, height, "gelu")
+    cpu.bias_gradient(grad.repeat(1, 2)[:, 1:1 + out])
     kernel = 1 + tokens % 3
     images = torch.randn(2, in_, 5, 6).to(dtype).to(memory_format=torch.channels_last)
     from superblock.ops.convolution import matrix_of

@@ -222,6 +222,66 @@ static int check_self_attention(int dtype) {
     return bad;
 }
 
+/* The same values, read the other way around. */
+static sb_weight transposed(const sb_weight *w, int32_t *index) {
+    const int64_t rows = w->out_features / w->block_out, columns = w->in_features / w->block_in;
+    int32_t *crow = index, *cols = crow + columns + 1, *ids = cols + rows * columns;
+    for (int64_t c = 0; c <= columns; c++) crow[c] = (int32_t)(c * rows);
+    for (int64_t e = 0; e < rows * columns; e++) {
+        cols[e] = (int32_t)(e % rows);
+        ids[e] = (int32_t)(e % rows * columns + e / rows);
+    }
+    return (sb_weight){w->values,    crow,        cols,         ids,           w->in_features, w->out_features,
+                       w->block_in,  w->block_out, w->in_stride, w->out_stride, w->block_stride};
+}
+
+/* Relative to the largest: sums of hundreds of products whose factors are rounded here and there. */
+static int differ(const void *got, const void *want, int dtype, int64_t count) {
+    double largest = 1;
+    for (int64_t at = 0; at < count; at++) largest = fmax(largest, fabs(get(want, dtype, at)));
+    const double tolerance = largest * (dtype == SB_FLOAT32 ? 1e-5 : 0.02);
+    for (int64_t at = 0; at < count; at++)
+        if (!(fabs(get(got, dtype, at) - get(want, dtype, at)) < tolerance)) return 1;
+    return 0;
+}
+
+/* A feed-forward that keeps its preactivations and the way back through it, against one product after the other. */
+static int check_feed_forward(int dtype, int activation) {
+    const int64_t side = 8 * (1 + below(4)), in = side * (1 + below(4)), hidden = side * (1 + below(6)), tokens = below(90);
+    void *x = room(tokens * in, dtype), *y = room(tokens * in, dtype), *dx = room(tokens * in, dtype);
+    void *wanted[] = {room(tokens * hidden, dtype), room(tokens * hidden, dtype), room(tokens * in, dtype)};
+    void *z = room(tokens * hidden, dtype), *dz = room(tokens * hidden, dtype), *dbias = room(hidden, dtype);
+    void *first = room(hidden * in, dtype), *second = room(hidden * in, dtype), *bias = room(hidden, dtype);
+    void *sum = room(hidden, dtype);
+    int32_t index[4][128];
+    sb_product up = {.weight = whole_weight(first, index[0], index[0] + 8, hidden, in, side), .x = x, .bias = bias,
+                     .tokens = tokens, .x_stride = in, .y_stride = hidden, .dtype = dtype, .activation = activation, .threads = 2};
+    sb_product down = {.weight = whole_weight(second, index[1], index[1] + 8, in, hidden, side), .x = wanted[0],
+                       .residual = x, .tokens = tokens, .x_stride = hidden, .y_stride = in, .residual_stride = in,
+                       .dtype = dtype, .threads = 2};
+    sb_feed_forward f = {.first = up, .second = down};
+    f.first.preactivation = z, f.second.y = y;
+    up.y = wanted[0], up.preactivation = wanted[1], down.y = wanted[2];
+    int bad = sb_run_feed_forward(&f) != SB_OK || sb_run_product(&up) != SB_OK || sb_run_product(&down) != SB_OK;
+    bad |= differ(z, wanted[1], dtype, tokens * hidden) || differ(y, wanted[2], dtype, tokens * in);
+    sb_feed_forward back = {.first = down, .second = up, .z = z, .dbias = dbias};
+    back.first.weight = transposed(&down.weight, index[2]), back.second.weight = transposed(&up.weight, index[3]);
+    back.first.x = x, back.first.residual = NULL, back.first.x_stride = in, back.first.y_stride = hidden;
+    back.second.bias = NULL, back.second.activation = SB_NONE, back.second.x_stride = hidden, back.second.y_stride = in;
+    up = back.second, down = back.first;
+    back.first.activation = activation, back.first.preactivation = dz, back.first.y = NULL;
+    back.second.preactivation = NULL, back.second.y = dx;
+    down.y = wanted[0], up.preactivation = NULL, up.x = wanted[1], up.y = wanted[2];
+    const sb_gradient g = {wanted[0], z, wanted[1], sum, tokens, hidden, hidden, dtype, activation, 2};
+    bad |= sb_run_feed_forward(&back) != SB_OK || sb_run_product(&down) != SB_OK;
+    bad |= sb_run_activation_gradient(&g) != SB_OK || sb_run_product(&up) != SB_OK;
+    bad |= differ(dz, wanted[1], dtype, tokens * hidden) || differ(dx, wanted[2], dtype, tokens * in);
+    bad |= dtype == SB_FLOAT32 && differ(dbias, sum, dtype, hidden); /* the others round what is summed in other places */
+    free(x), free(y), free(dx), free(wanted[0]), free(wanted[1]), free(wanted[2]), free(z), free(dz), free(dbias);
+    free(first), free(second), free(bias), free(sum);
+    return bad;
+}
+
 static int check(int round) {
     const int dtype = round % SB_DTYPES, activation = round % SB_ACTIVATIONS, turned = round & 1;
     const int64_t tokens = below(70), out = 1 + below(100), in = 1 + below(100);
@@ -250,11 +310,13 @@ static int check(int round) {
     const sb_rows given = {x, residual, y, NULL, tokens, in, out, 2};
     const sb_product prepared = {.weight = p.weight, .bias = bias, .dtype = dtype, .activation = activation};
     int bad = (round & 4 ? sb_run_rows(&prepared, &given) : sb_run_product(&p)) != SB_OK;
-    sb_sampled s = {p.weight, residual, x, tokens, out, in, dtype, 2};
+    const int taken = activation == SB_RELU ? SB_RELU : SB_NONE;
+    sb_sampled s = {p.weight, residual, x, tokens, out, in, dtype, taken, 2};
     s.weight.values = gradient;
     bad |= sb_run_sampled(&s) != SB_OK;
     bad |= check_attention(dtype);
     bad |= check_self_attention(dtype);
+    bad |= check_feed_forward(dtype, activation);
     bad |= check_gradient(dtype, activation, tokens, out, residual, y);
     /* Relative to sums of up to 100 products below 1: the dtype's own rounding of results up to about 10. */
     const double tolerance = dtype == SB_FLOAT32 ? 1e-4 : dtype == SB_BFLOAT16 ? 0.15 : 0.02;
@@ -276,7 +338,7 @@ static int check(int round) {
                 for (int64_t j = 0; j < bw; j++) {
                     double want = 0;
                     for (int64_t t = 0; t < tokens && r * bh + i < out && cols[b] * bw + j < in; t++)
-                        want += get(residual, dtype, t * out + r * bh + i) * get(x, dtype, t * in + cols[b] * bw + j);
+                        want += get(residual, dtype, t * out + r * bh + i) * activate(taken, get(x, dtype, t * in + cols[b] * bw + j));
                     if (!(fabs(get(gradient, dtype, b * bh * bw + i * out_stride + j * in_stride) - want) < tolerance)) bad = 1;
                 }
     bad |= check_normalized(p, tolerance);

@@ -54,7 +54,7 @@ SB_INLINE void finish_lines(int activation, const int residual, const int preact
         const vec low = bias ? half_line(bias, 0) : splat(0.0f), high = bias ? half_line(bias, 1) : splat(0.0f);
         uint16_t *y = packed ? (uint16_t *)t->next + k->token * t->next_padded + column * t->group + row * 32
                              : (uint16_t *)t->y + token * stride + column;
-        uint16_t *z = preactivation ? (uint16_t *)t->preactivation + token * stride + column : NULL;
+        uint16_t *z = preactivation ? (uint16_t *)t->preactivation + token * t->y_stride + column : NULL;
         const uint16_t *r = residual ? (const uint16_t *)t->residual + token * t->residual_stride + column : NULL;
         const int64_t ahead = residual ? t->group * t->residual_stride : 0, y_ahead = t->group * stride;
         for (int64_t m = 0; m < count; m++, sums += k->outputs, y += stride) {
@@ -62,11 +62,11 @@ SB_INLINE void finish_lines(int activation, const int residual, const int preact
             if (!stream && !packed) __builtin_prefetch(y + y_ahead, 1);
             vec first = load(sums) + low, second = load(sums + SB_LANES) + high;
             if (residual == RESIDUAL_FIRST) first += half_line(r, 0), second += half_line(r, 1);
-            if (preactivation) store_line(stream, z, first, second);
+            if (preactivation && token + m < t->tokens) store_line(stream, z, first, second);
             first = activate(SB_BFLOAT16, activation, first), second = activate(SB_BFLOAT16, activation, second);
             if (residual == RESIDUAL_LAST) first += half_line(r, 0), second += half_line(r, 1);
-            store_line(stream, y, first, second);
-            if (preactivation) z += stride;
+            store_line(stream && !packed, y, first, second);
+            if (preactivation) z += t->y_stride;
             if (residual) r += t->residual_stride;
         }
     }
@@ -91,6 +91,8 @@ typedef void (*finisher)(const walk *, int64_t row, int64_t count);
 FINISH(finish_plain, NO_RESIDUAL, 0, 0, 0)
 FINISH(finish_streamed, NO_RESIDUAL, 0, 0, 1)
 FINISH(finish_packed, NO_RESIDUAL, 0, 1, 0)
+FINISH(finish_packed_training, NO_RESIDUAL, 1, 1, 0)
+FINISH(finish_packed_training_streamed, NO_RESIDUAL, 1, 1, 1)
 FINISH(finish_training, NO_RESIDUAL, 1, 0, 0)
 FINISH(finish_training_streamed, NO_RESIDUAL, 1, 0, 1)
 FINISH(finish_residual_first, RESIDUAL_FIRST, 0, 0, 0)
@@ -234,10 +236,11 @@ static void run_strip(walk *k, strip *s) {
 
 /* `column`: the first one; a strip apart from the next, all others lie in their lines as it does. */
 static finisher finisher_of(const sb_target *t, int64_t column) {
-    if (t->next) return t->next_chunk == 32 ? finish_packed[t->activation] : finish_any;
-    if (t->preactivation && t->residual) return finish_any;
+    if ((t->next && t->next_chunk != 32) || (t->preactivation && t->residual)) return finish_any;
+    if (t->next && !t->preactivation) return finish_packed[t->activation];
     const int whole = (t->y_stride | column) % 32 == 0 && ((uintptr_t)t->y | (uintptr_t)t->preactivation) % 64 == 0;
     const int stream = t->stream && whole;
+    if (t->next) return (stream ? finish_packed_training_streamed : finish_packed_training)[t->activation];
     if (t->preactivation) return (stream ? finish_training_streamed : finish_training)[t->activation];
     if (t->residual) return (t->residual_first ? finish_residual_first : finish_residual_last)[t->activation];
     return (stream ? finish_streamed : finish_plain)[t->activation];

@@ -53,11 +53,14 @@ void sb_prefer_huge_pages(const sb_product *p) {
 }
 
 sb_partition sb_cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads) {
-    sb_partition p = {.splits = 1};
     int64_t groups = sb_ceil_div(tokens, max_group);
     if (groups >= threads) groups = sb_ceil_div(groups, threads) * threads;
-    p.group = sb_ceil_div(tokens, groups);
-    groups = sb_ceil_div(tokens, p.group);
+    return sb_cut_groups(tokens, sb_ceil_div(tokens, groups), bytes, tile, rows, threads);
+}
+
+sb_partition sb_cut_groups(int64_t tokens, int64_t group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads) {
+    sb_partition p = {.group = group, .splits = 1};
+    const int64_t groups = sb_ceil_div(tokens, group);
     int64_t a_tile = sb_min(sb_max(tile / (p.group * bytes), 1), sb_max(groups / threads, 1));
     /* As many tiles for every thread, too. */
     const int64_t tiles = sb_ceil_div(groups, a_tile);
@@ -129,7 +132,7 @@ sb_target sb_target_of(const sb_product *p, int64_t start, int64_t tokens, int64
         .group = group,
         .bias = p->bias,
         .residual = p->residual ? (const char *)p->residual + start * p->residual_stride * size : NULL,
-        .y = (char *)p->y + start * p->y_stride * size,
+        .y = p->y ? (char *)p->y + start * p->y_stride * size : NULL,
         .preactivation = p->preactivation ? (char *)p->preactivation + start * p->y_stride * size : NULL,
         .y_stride = p->y_stride,
         .residual_stride = p->residual_stride,

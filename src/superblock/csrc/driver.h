@@ -20,6 +20,9 @@ int64_t sb_tile_bytes(const sb_layer *layer, int64_t weight_bytes);
  * out too. A token takes `bytes` of the tile, `tile` at most. */
 sb_partition sb_cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads);
 
+/* The same of groups of this size, whatever the threads. */
+sb_partition sb_cut_groups(int64_t tokens, int64_t group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads);
+
 /* Beyond this malloc hands out fresh pages. */
 enum { SB_REUSED_BYTES = 32 << 20 };
 
@@ -34,7 +37,8 @@ void sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int
 
 int sb_product_streams(const sb_product *p);
 
-/* Where the results of tokens from `start` on go; their packed features, and whether to stream, are the caller's to add. */
+/* Where the results of tokens from `start` on go; their packed features, and whether to stream, are the caller's to add;
+ * a product without y has its preactivations at most. */
 sb_target sb_target_of(const sb_product *p, int64_t start, int64_t tokens, int64_t group);
 
 /* Where no thread comes to a strip of weights twice, it lays its values out just before they are multiplied, which spares

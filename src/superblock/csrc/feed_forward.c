@@ -8,9 +8,45 @@ typedef struct {
     const sb_feed_forward *ff;
     sb_layer first, second;
     sb_partition partition;
-    int stream;   /* write y around the caches */
+    int stream, stream_inside; /* write y, and the first's preactivations, around the caches */
     int resident; /* L2 holds the weights of both beside the tokens */
+    float *totals; /* of dz by group of tokens, or NULL */
+    int64_t totals_stride;
 } feed_forward_job;
+
+/* The first product's results on to the second: as they are where a slope is still to come. */
+static sb_target target_inside(const feed_forward_job *job, int64_t start, int64_t tokens) {
+    sb_target t = sb_target_of(&job->ff->first, start, tokens, job->partition.group);
+    t.following = job->resident ? NULL : &job->second;
+    t.next_padded = job->second.padded_in;
+    t.next_size = job->second.packed_size;
+    t.next_chunk = job->second.chunk;
+    t.stream = job->stream_inside;
+    if (!job->ff->z) return t;
+    t.activation = SB_NONE;
+    t.preactivation = NULL;
+    return t;
+}
+
+/* A group's hidden activations become dz. */
+static void take_slope(const feed_forward_job *job, int64_t start, int64_t tokens, char *hidden) {
+    const sb_product *p = &job->ff->first;
+    const int64_t group = job->partition.group, at = start * p->y_stride * sb_size_of(p->dtype);
+    job->first.kernels->slope(&(sb_slope){
+        .packed = hidden,
+        .dz = p->preactivation ? (char *)p->preactivation + at : NULL,
+        .z = (const char *)job->ff->z + at,
+        .totals = job->totals ? job->totals + start / group * job->totals_stride : NULL,
+        .tokens = sb_min(group, tokens),
+        .group = group,
+        .features = p->weight.out_features,
+        .chunk = job->second.chunk,
+        .stride = p->y_stride,
+        .dtype = p->dtype,
+        .activation = p->activation,
+        .stream = job->stream_inside,
+    });
+}
 
 static int feed_forward_item(const void *context, int64_t item) {
     const feed_forward_job *job = context;
@@ -29,15 +65,13 @@ static int feed_forward_item(const void *context, int64_t item) {
     sb_pack_tile(first, p, start, tokens, cut->group, x + bytes, x);
     const int64_t covered = first->rows * first->weight.block_out;
     if (covered < second->padded_in) memset(hidden, 0, hidden_bytes); /* features only the second's blocks reach */
-    sb_target inner = sb_target_of(p, 0, tokens, cut->group);
+    sb_target inner = target_inside(job, start, tokens);
     inner.packed = x;
     inner.strip = strip;
-    inner.following = job->resident ? NULL : second;
     inner.next = hidden;
-    inner.next_padded = second->padded_in;
-    inner.next_size = second->packed_size;
-    inner.next_chunk = second->chunk;
     sb_layer_run(first, &inner, 0, first->rows, acc);
+    for (int64_t token = 0; job->ff->z && token < tokens; token += cut->group)
+        take_slope(job, start + token, tokens - token, hidden + token * second->padded_in * second->packed_size);
     sb_target outer = sb_target_of(&job->ff->second, start, tokens, cut->group);
     outer.packed = hidden;
     outer.strip = strip;
@@ -48,18 +82,54 @@ static int feed_forward_item(const void *context, int64_t item) {
     return SB_OK;
 }
 
+enum { TOTALS_WIDTH = 256 };
+
+/* The groups' totals in the order of the tokens, for some of the features. */
+static int add_totals(const void *context, int64_t part) {
+    const feed_forward_job *job = context;
+    const sb_product *p = &job->ff->first;
+    const int64_t column = part * TOTALS_WIDTH, width = sb_min(TOTALS_WIDTH, p->weight.out_features - column);
+    const float *last = job->totals + sb_ceil_div(p->tokens, job->partition.group) * job->totals_stride;
+    float sums[TOTALS_WIDTH] = {0};
+    for (const float *totals = job->totals; totals < last; totals += job->totals_stride)
+        for (int64_t n = 0; n < width; n++) sums[n] += totals[column + n];
+    char *dbias = (char *)job->ff->dbias + column * sb_size_of(p->dtype);
+    job->first.kernels->narrow(p->dtype, sums, width, dbias);
+    return SB_OK;
+}
+
+/* Where totals are asked for, groups are the same for any number of threads, so that those are, too. */
+static void cut(feed_forward_job *job) {
+    const sb_product *p = &job->ff->first;
+    const int64_t weight_bytes = sb_layer_bytes(&job->first) + sb_layer_bytes(&job->second);
+    const int64_t bytes = (job->first.padded_in + job->second.padded_in) * job->first.packed_size;
+    const int64_t tile = sb_tile_bytes(&job->first, weight_bytes), most = sb_min(job->first.max_group, job->second.max_group);
+    const int64_t group = sb_ceil_div(p->tokens, sb_ceil_div(p->tokens, most));
+    job->resident = weight_bytes <= SB_RESIDENT_BYTES;
+    job->partition = job->ff->dbias ? sb_cut_groups(p->tokens, group, bytes, tile, 1, p->threads)
+                                    : sb_cut(p->tokens, most, bytes, tile, 1, p->threads);
+}
+
 SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
-    if (!ff->first.tokens) return SB_OK;
+    const sb_product *p = &ff->first;
+    const int64_t size = sb_size_of(p->dtype), row = p->y_stride * size;
+    if (!p->tokens && ff->dbias) memset(ff->dbias, 0, (size_t)(p->weight.out_features * size));
+    if (!p->tokens) return SB_OK;
     feed_forward_job job = {.ff = ff, .stream = sb_product_streams(&ff->second)};
-    sb_layer_init(&job.first, &ff->first.weight, ff->first.dtype, ff->first.tokens);
-    sb_layer_init(&job.second, &ff->second.weight, ff->first.dtype, ff->first.tokens);
+    const int whole_lines = row % 64 == 0 && (uintptr_t)p->preactivation % 64 == 0;
+    job.stream_inside = p->preactivation && whole_lines && sb_streams(p->preactivation, p->tokens * row);
+    sb_layer_init(&job.first, &p->weight, p->dtype, p->tokens);
+    sb_layer_init(&job.second, &ff->second.weight, p->dtype, p->tokens);
+    cut(&job);
     sb_prefer_huge_pages(&ff->second);
-    const int64_t bytes = (job.first.padded_in + job.second.padded_in) * job.first.packed_size;
-    const int64_t weight_bytes = sb_layer_bytes(&job.first) + sb_layer_bytes(&job.second);
-    job.resident = weight_bytes <= SB_RESIDENT_BYTES;
-    job.partition = sb_cut(ff->first.tokens, sb_min(job.first.max_group, job.second.max_group), bytes,
-                        sb_tile_bytes(&job.first, weight_bytes), 1, ff->first.threads);
-    const int status = sb_arrange(&job.first, &job.second, job.partition.tiles, ff->first.threads);
-    if (status != SB_OK) return status;
-    return sb_parallel(ff->first.threads, job.partition.tiles, feed_forward_item, &job);
+    if (ff->dbias) {
+        const int64_t groups = sb_ceil_div(p->tokens, job.partition.group);
+        job.totals_stride = (int64_t)sb_align((size_t)p->weight.out_features);
+        job.totals = sb_scratch(SB_SHARED, (size_t)(groups * job.totals_stride) * sizeof *job.totals);
+        if (!job.totals) return SB_NO_MEMORY;
+    }
+    int status = sb_arrange(&job.first, &job.second, job.partition.tiles, p->threads);
+    if (status == SB_OK) status = sb_parallel(p->threads, job.partition.tiles, feed_forward_item, &job);
+    if (status != SB_OK || !ff->dbias) return status;
+    return sb_parallel(p->threads, sb_ceil_div(p->weight.out_features, TOTALS_WIDTH), add_totals, &job);
 }

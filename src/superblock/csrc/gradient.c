@@ -33,7 +33,7 @@ SB_API int sb_run_activation_gradient(const sb_gradient *g) {
     float *total = sb_scratch(SB_CALL, (size_t)((1 + shares) * width) * sizeof *total);
     if (!total) return SB_NO_MEMORY;
     const int64_t row = g->features * sb_size_of(g->dtype);
-    const int stream = sb_streams(g->dz, g->tokens * row) && row % 64 == 0 && (uintptr_t)g->dz % 64 == 0;
+    const int stream = g->dz && sb_streams(g->dz, g->tokens * row) && row % 64 == 0 && (uintptr_t)g->dz % 64 == 0;
     const gradient_job job = {g, sb_current(), total + width, width, stream};
     const int status = sb_parallel(g->threads, shares, gradient_item, &job);
     if (status != SB_OK) return status;

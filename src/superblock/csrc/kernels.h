@@ -28,12 +28,14 @@ typedef struct {
     int32_t stream;                               /* write around the caches */
 } sb_tile;
 
-/* y = act(acc + bias) + residual for a tile, or act(acc + bias + residual); or, with `packed`, into the packed activations of a next product. */
+/* y = act(acc + bias) + residual for a tile, or act(acc + bias + residual); or, with `packed`, into the packed activations
+ * of a next product, with the preactivations of those rows that are tokens. */
 typedef struct {
     const float *acc;
     const void *bias, *residual;
     void *y, *preactivation, *packed;
-    int64_t rows, panel, columns; /* columns: what the matrix has of the panel */
+    int64_t rows, present; /* present: those that are tokens */
+    int64_t panel, columns; /* columns: what the matrix has of the panel */
     int64_t packed_columns;       /* of the panel, what the next product reads */
     int64_t packed_from, chunk;   /* the panel's first column there, and the next product's chunk */
     int64_t group, acc_stride, y_stride, residual_stride;
@@ -41,13 +43,13 @@ typedef struct {
     int32_t stream; /* write around the caches where whole lines allow */
 } sb_epilogue;
 
-/* Tokens by block, as floats: out[i][t][n] is feature n of panel `panels[i]`, zero past the last feature. */
+/* Tokens by block, activated, as floats: out[i][t][n] is feature n of panel `panels[i]`, zero past the last feature. */
 typedef struct {
     const void *source;
     float *out;
     const int32_t *panels;
     int64_t count, stride, tokens, features, width, out_stride;
-    int32_t dtype;
+    int32_t dtype, activation;
 } sb_panels;
 
 /* out[i][j] += sum over tokens of a[t][i] * b[t][j], all dense; height and width are multiples of 8. */
@@ -56,6 +58,16 @@ typedef struct {
     float *out;
     int64_t tokens, height, width;
 } sb_outer;
+
+/* Packed activations of a group times the slope of an activation at z, in place, which dz keeps and `totals` adds up over
+ * the tokens; both may be NULL. Rows of z and dz are `stride` apart, which are whole lines if dz is to be streamed. */
+typedef struct {
+    void *packed, *dz;
+    const void *z;
+    float *totals;
+    int64_t tokens, group, features, chunk, stride;
+    int32_t dtype, activation, stream;
+} sb_slope;
 
 struct sb_layer;
 struct sb_target;
@@ -93,6 +105,8 @@ typedef struct sb_kernels {
     int (*run)(const struct sb_layer *layer, const struct sb_target *target, int64_t first, int64_t last, float *acc);
     void (*lay_out)(const sb_panels *panels);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
+    void (*activate)(int dtype, int activation, const void *in, int64_t in_stride, int64_t rows, int64_t columns,
+                     void *out, int64_t out_stride);
     /* `rows` become normalized ones, in `room` of sb_normalized_bytes. */
     void (*normalize)(int dtype, const sb_norm *norm, const void **rows, int64_t count, int64_t features, char *room);
     /* `ahead`, or NULL, is what the thread will probably attend to next: it may be fetched. Returns a status. */
@@ -102,6 +116,7 @@ typedef struct sb_kernels {
     /* dz for tokens `start` to `stop`, written around the caches to `stream`, where rows are whole lines; added to
      * `sums` too, which reach a whole vector. */
     void (*gradient)(const sb_gradient *gradient, int64_t start, int64_t stop, int stream, float *sums);
+    void (*slope)(const sb_slope *slope);
     void (*outer)(const sb_outer *outer);
     /* out [height][width] += dyᵀ x for operands laid out as [tokens / 32][height][32] and [tokens / 32][16][width][2],
      * sides multiples of 16, once prepared for a panel and chunk of 32; NULL: only the above. */

@@ -254,13 +254,14 @@ sb_epilogue sb_layer_epilogue(const sb_layer *layer, const sb_target *t, int64_t
 
 void sb_layer_place(const sb_layer *layer, const sb_target *t, int64_t token, int64_t column, sb_epilogue *e) {
     const int64_t size = sb_size_of(layer->dtype), at = (token * t->y_stride + column) * size;
-    e->rows = t->next ? t->group : sb_min(t->group, t->tokens - token);
+    e->present = sb_min(t->group, t->tokens - token);
+    e->rows = t->next ? t->group : e->present;
+    e->preactivation = t->preactivation ? (char *)t->preactivation + at : NULL;
     if (t->next) {
         e->packed = (char *)t->next + token * t->next_padded * t->next_size;
         return;
     }
     e->y = (char *)t->y + at;
-    e->preactivation = t->preactivation ? (char *)t->preactivation + at : NULL;
     e->residual = t->residual ? (const char *)t->residual + (token * t->residual_stride + column) * size : NULL;
 }
 
@@ -279,8 +280,9 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
                         .acc_stride = SB_MAX_PANEL,
                         .groups = 1};
         sb_layer_place(layer, t, token, column, &e);
-        if (!t->next && (!e.stream || t->residual)) { /* the epilogue streams no results with a residual */
-            tile.target = e.y;
+        char *written = t->next ? e.preactivation : e.y;
+        if (written && (!e.stream || t->residual)) { /* the epilogue streams no results with a residual */
+            tile.target = written;
             tile.target_stride = t->y_stride * size;
             tile.target_bytes = e.columns * size;
         }

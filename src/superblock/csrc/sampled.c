@@ -1,4 +1,4 @@
-/* The gradient of the values: dvalues[b] = dyᵀ x at the living blocks.
+/* The gradient of the values: dvalues[b] = dyᵀ act(x) at the living blocks.
  *
  * The weight is cut into cells of some block rows and columns, whose sums and operands of a tile of tokens share L2:
  * tile by tile both operands are laid out by block, [block row or column][token][features of the block] in float32, or
@@ -20,6 +20,7 @@ typedef struct {
     const char *source;
     int64_t stride, features, width, panels;
     int64_t parts; /* that its panels are cut into */
+    int32_t activation; /* taken while it is laid out */
 } operand;
 
 typedef struct {
@@ -104,8 +105,8 @@ static void fetch_panel(const uint16_t *rows, int64_t stride, int64_t count, int
         for (int64_t n = 0; n < width; n += LINE) __builtin_prefetch(rows + i * stride + n + AHEAD);
 }
 
-/* Tokens [start, start + tokens) of the panels in use, in pairs: features by tokens for the operand that comes first,
- * pairs of tokens by features for the other. What lies past the last token or feature becomes zero. */
+/* Tokens [start, start + tokens) of the panels in use, activated, in pairs: features by tokens for the operand that
+ * comes first, pairs of tokens by features for the other. What lies past the last token or feature becomes zero. */
 static void lay_out_pairs(const sampled_job *job, const share *s, int64_t start, int64_t tokens, int turned,
                           uint16_t *padded) {
     const operand *o = s->of;
@@ -117,10 +118,10 @@ static void lay_out_pairs(const sampled_job *job, const share *s, int64_t start,
             uint16_t *out = (uint16_t *)s->packed + (p * job->tile + t) * o->width;
             int64_t stride = o->stride;
             fetch_panel(in, stride, present, o->width);
-            if (present < PAIRED_TOKENS || valid < o->width) {
-                memset(padded, 0, (size_t)(PAIRED_TOKENS * o->width) * sizeof *padded);
-                for (int64_t i = 0; i < present; i++)
-                    memcpy(padded + i * o->width, in + i * stride, (size_t)valid * sizeof *padded);
+            const int partly = present < PAIRED_TOKENS || valid < o->width;
+            if (partly) memset(padded, 0, (size_t)(PAIRED_TOKENS * o->width) * sizeof *padded);
+            if (partly || o->activation != SB_NONE) {
+                job->kernels->activate(SB_BFLOAT16, o->activation, in, stride, present, valid, padded, o->width);
                 in = padded;
                 stride = o->width;
             }
@@ -142,6 +143,7 @@ static void lay_out(const sampled_job *job, const share *s, int64_t start, int64
         .width = o->width,
         .out_stride = job->tile * o->width,
         .dtype = job->sampled->dtype,
+        .activation = o->activation,
     });
 }
 
@@ -239,7 +241,7 @@ SB_API int sb_run_sampled(const sb_sampled *s) {
         .sampled = s,
         .kernels = sb_kernels_for(s->dtype, s->tokens),
         .dy = {.source = s->grad, s->grad_stride, w->out_features, w->block_out, rows},
-        .x = {.source = s->x, s->x_stride, w->in_features, w->block_in, columns},
+        .x = {.source = s->x, s->x_stride, w->in_features, w->block_in, columns, .activation = s->activation},
     };
     job.paired = job.kernels->outer_pairs && w->block_out % 16 == 0 && w->block_in % 16 == 0;
     job.tile = job.paired ? PAIRED_TILE : TOKENS;

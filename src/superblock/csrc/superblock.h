@@ -64,17 +64,23 @@ typedef struct {
 typedef struct {
     sb_product first; /* y is ignored */
     sb_product second; /* x is ignored */
+    /* NULL; or the first's results r are multiplied instead of activated: by the activation's slope at z, which has the
+     * strides of y. So the transposed products go back from dy to dx, past dz = r act'(z), which is then what the
+     * `preactivation` keeps, and whose sum over the tokens `dbias`, unless NULL, becomes. */
+    const void *z;
+    void *dbias;
 } sb_feed_forward;
 
-/* dvalues[b] = dy[:, rows of b]ᵀ x[:, columns of b], blocks in order that lie as the weight's strides say. */
+/* dvalues[b] = dy[:, rows of b]ᵀ act(x[:, columns of b]), blocks in order that lie as the weight's strides say. */
 typedef struct {
     sb_weight weight; /* values are the result */
     const void *grad, *x;
     int64_t tokens, grad_stride, x_stride;
-    int32_t dtype, threads;
+    int32_t dtype, activation, threads;
 } sb_sampled;
 
-/* dz = dy act'(z) and its sum over the tokens; z and dz are dense. */
+/* dz = dy act'(z) and its sum over the tokens; z and dz are dense. Without an activation z may be NULL, and dz too,
+ * which leaves the sum. */
 typedef struct {
     const void *grad, *z;
     void *dz, *dbias;

@@ -120,8 +120,9 @@ def grad_values(
     in_features: int,
     block_height: int,
     block_width: int,
+    activation: str = "none",
 ) -> Tensor:
-    """``dW = dyᵀ x`` at the stored blocks, feature-major."""
+    """``dW = dyᵀ act(x)`` at the stored blocks, feature-major."""
     values = grad.new_empty(col_indices.shape[0], block_width, block_height).transpose(1, 2)
     indices = indices_for(values, crow_indices, col_indices, out_features, in_features)
     grad, x = rows_of(grad, out_features, grad.dtype), rows_of(x, in_features, grad.dtype)
@@ -129,7 +130,7 @@ def grad_values(
         raise MatrixError(f"grad and x must have the same tokens, got {len(grad)} and {len(x)}")
     sampled = native.Sampled(
         weight_of(values, indices, out_features, in_features), grad.data_ptr(), x.data_ptr(),
-        len(x), grad.stride(0), x.stride(0), native.DTYPES[x.dtype], get_num_threads(),
+        len(x), grad.stride(0), x.stride(0), native.DTYPES[x.dtype], native.ACTIVATIONS[activation], get_num_threads(),
     )  # fmt: skip
     check(native.library().sb_run_sampled(ctypes.byref(sampled)))
     return values
@@ -150,6 +151,19 @@ def activation_gradient(grad: Tensor, z: Tensor, activation: str) -> tuple[Tenso
     return dz.view(z.shape), dbias
 
 
+def bias_gradient(grad: Tensor) -> Tensor:
+    """``db``, the sum of ``dy`` over the tokens."""
+    features = grad.shape[-1]
+    rows = rows_of(grad, features, grad.dtype)
+    dbias = grad.new_empty(features)
+    gradient = native.Gradient(
+        rows.data_ptr(), 0, 0, dbias.data_ptr(), len(rows), features, rows.stride(0),
+        native.DTYPES[grad.dtype], native.ACTIVATIONS["none"], get_num_threads(),
+    )  # fmt: skip
+    check(native.library().sb_run_activation_gradient(ctypes.byref(gradient)))
+    return dbias
+
+
 # Below this many tokens a thread, sharing out block rows beats sharing out tokens: two products, hidden in memory.
 FUSED_TOKENS = 24
 
@@ -166,27 +180,83 @@ def feed_forward(
 
     A weight is ``(values, crow_indices, col_indices, bias, out_features, in_features)``.
     """
-    *_, hidden, in_features = first
-    *_, out_features, second_in = second
+    dtype = _dtype_of_chain(first, second)
+    rows = rows_of(x, first[5], dtype)
+    if _splits(rows):
+        weight = (*first[:4], None, *first[4:], activation)
+        inside = linear(x, *weight) if norm is None else linear_normalized(x, norm, *weight)
+        return linear(inside, *second[:4], residual, *second[4:], "none")
+    inner = product_of(prepare(*first[:4], first[4:], activation), len(rows), None)
+    inner.norm = norms = native.Norm() if norm is None else norm_of(norm, first[5], dtype)
+    y = _run_chain(rows, inner, prepare(*second[:4], second[4:], "none"), residual)
+    del norms  # What it points to has been read.
+    return y.view(*x.shape[:-1], second[4])
+
+
+def feed_forward_with_preactivation(
+    x: Tensor, first: Weight, activation: str, second: Weight, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`feed_forward` and ``z = x W₁ᵀ + b₁``, which is all of the hidden size that passes through memory."""
+    rows = rows_of(x, first[5], _dtype_of_chain(first, second))
+    if _splits(rows):
+        hidden, z = linear_with_preactivation(x, *first, activation)
+        return linear(hidden, *second[:4], residual, *second[4:], "none"), z
+    inner = product_of(prepare(*first[:4], first[4:], activation), len(rows), None)
+    z = x.new_empty(*x.shape[:-1], first[4])
+    inner.preactivation, inner.y_stride = z.data_ptr(), first[4]
+    y = _run_chain(rows, inner, prepare(*second[:4], second[4:], "none"), residual)
+    return y.view(*x.shape[:-1], second[4]), z
+
+
+def feed_forward_gradient(
+    grad: Tensor, z: Tensor, first: Weight, activation: str, second: Weight
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dx = dz W₁``, ``dz = dy W₂ · act'(z)`` and ``db₁``, the sum of ``dz``, of :func:`feed_forward`.
+
+    ``dy W₂`` never passes through memory. The result is the same on any number of threads.
+    """
+    rows = rows_of(grad, second[4], _dtype_of_chain(first, second))
+    if z.shape != (*grad.shape[:-1], first[4]):
+        raise MatrixError(f"z must be {(*grad.shape[:-1], first[4])}, got {tuple(z.shape)}")
+    if _splits(rows):
+        dz, dbias = activation_gradient(grad_input(grad, *second[:3], *second[4:]), z, activation)
+        return grad_input(dz, *first[:3], *first[4:]), dz, dbias
+    z = z.contiguous()
+    back = prepare(*second[:3], None, second[4:], "none").transposed
+    inner = product_of(back, len(rows), None)
+    dz, dbias = torch.empty_like(z), z.new_empty(first[4])
+    inner.activation = native.ACTIVATIONS[activation]
+    inner.preactivation, inner.y_stride = dz.data_ptr(), first[4]
+    further = prepare(*first[:3], None, first[4:], "none").transposed
+    dx = _run_chain(rows, inner, further, None, z.data_ptr(), dbias.data_ptr())
+    return dx.view(*grad.shape[:-1], first[5]), dz, dbias
+
+
+def _dtype_of_chain(first: Weight, second: Weight) -> torch.dtype:
+    """That of both weights, of which the second must take what the first gives."""
+    hidden, second_in = first[4], second[5]
     if hidden != second_in or first[0].dtype != second[0].dtype:
         raise MatrixError(
             f"the second weight must take the first's {hidden} outputs in {first[0].dtype}, "
             f"got {second_in} in {second[0].dtype}"
         )
-    dtype = first[0].dtype
-    rows = rows_of(x, in_features, dtype)
-    if len(rows) < FUSED_TOKENS * get_num_threads():
-        weight = (*first[:4], None, *first[4:], activation)
-        inside = linear(x, *weight) if norm is None else linear_normalized(x, norm, *weight)
-        return linear(inside, *second[:4], residual, *second[4:], "none")
-    inner = product_of(prepare(*first[:4], first[4:], activation), len(rows), None)
-    outer = product_of(prepare(*second[:4], second[4:], "none"), len(rows), residual)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    norms = native.Norm() if norm is None else norm_of(norm, in_features, dtype)
-    inner.norm = norms
+    return first[0].dtype
+
+
+def _splits(rows: Tensor) -> bool:
+    """Whether two products take less time than both as one."""
+    return len(rows) < FUSED_TOKENS * get_num_threads()
+
+
+def _run_chain(
+    rows: Tensor, inner: ctypes.Structure, outer: Prepared, residual: Tensor | None, z: int = 0, dbias: int = 0
+) -> Tensor:
+    """The second of two products, ``[tokens, out]``; what is asked of the first one's is for its structure to say."""
+    product = product_of(outer, len(rows), residual)
+    y = rows.new_empty(len(rows), outer.out_features)
     inner.x, inner.x_stride = rows.data_ptr(), rows.stride(0)
-    outer.y, outer.y_stride = y.data_ptr(), out_features
-    check(native.library().sb_run_feed_forward(ctypes.byref(native.FeedForward(inner, outer))))
+    product.y, product.y_stride = y.data_ptr(), outer.out_features
+    check(native.library().sb_run_feed_forward(ctypes.byref(native.FeedForward(inner, product, z, dbias))))
     return y
 
 

@@ -54,7 +54,7 @@ Product = _structure(
 )
 # ``sb_rows``, as bytes: filled in at once, where a structure takes as long for every field.
 pack_rows = struct.Struct("4P3qi4x").pack
-FeedForward = _structure("FeedForward", ("first", Product), ("second", Product))
+FeedForward = _structure("FeedForward", ("first", Product), ("second", Product), ("z dbias", "pointer"))
 SelfAttention = _structure(
     "SelfAttention",
     ("projection", Product),
@@ -68,7 +68,7 @@ Sampled = _structure(
     ("weight", Weight),
     ("grad x", "pointer"),
     ("tokens grad_stride x_stride", "int64"),
-    ("dtype threads", "int32"),
+    ("dtype activation threads", "int32"),
 )
 Gradient = _structure(
     "Gradient",
