@@ -329,6 +329,7 @@ static void transpose(int size, const void *in, int64_t in_stride, int64_t rows,
 }
 
 SB_INLINE void lay_out_of(int dtype, int activation, const int whole, const sb_panels *panels) {
+    enum { ROWS_AHEAD = 2 }; /* a cell's part of a row is too short for the hardware (768 of 3072: 10.8 -> 8.0 ms) */
     const sb_panels p = *panels;
     for (int64_t t = 0; t < p.tokens; t++)
         for (int64_t i = 0; i < p.count; i++) {
@@ -336,6 +337,7 @@ SB_INLINE void lay_out_of(int dtype, int activation, const int whole, const sb_p
             float *out = p.out + i * p.out_stride + t * p.width;
             for (int64_t n = 0; n < p.width; n += SB_LANES) {
                 const int64_t left = p.features - first - n, valid = left < 0 ? 0 : left;
+                __builtin_prefetch((const char *)p.source + (from + n + ROWS_AHEAD * p.stride) * size_of(dtype));
                 if (whole && left >= SB_LANES) {
                     store(out + n, activate(dtype, activation, load_as(dtype, p.source, from + n)));
                     continue;
