@@ -11,18 +11,9 @@ import torch
 from harness import compete, dtypes_of, parser, prepare, random_matrix, verify, write
 from torch import Tensor, nn
 
+from superblock.feed_forward import fuse_feed_forward
+from superblock.fuse import fuse_activations
 from superblock.nn import BSRLinear
-
-
-class FeedForward(nn.Module):
-    """Two BSR layers with a GELU between them, in the first one's product."""
-
-    def __init__(self, up: BSRLinear, down: BSRLinear) -> None:
-        super().__init__()
-        self.up, self.down = up, down
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up.project(x, "gelu"))
 
 
 def main() -> None:
@@ -47,7 +38,10 @@ def case(args: Any, dtype: torch.dtype, block: int, sparsity: float) -> dict[str
         random_matrix(args.width, args.hidden, block, sparsity, dtype),
     ]
     biases = [torch.randn(matrix.shape[0]).to(dtype) for matrix in matrices]
-    sparse = FeedForward(*(BSRLinear(matrix, bias) for matrix, bias in zip(matrices, biases, strict=True)))
+    up, down = (BSRLinear(matrix, bias) for matrix, bias in zip(matrices, biases, strict=True))
+    sparse = nn.Sequential(up, nn.GELU(), down)
+    fuse_activations(sparse)
+    fuse_feed_forward(sparse)  # As `to_bsr` leaves it.
     dense = nn.Sequential(nn.Linear(args.width, args.hidden), nn.GELU(), nn.Linear(args.hidden, args.width)).to(dtype)
     for layer, matrix, bias in zip((dense[0], dense[2]), matrices, biases, strict=True):
         layer.weight, layer.bias = nn.Parameter(matrix.to_dense()), nn.Parameter(bias)

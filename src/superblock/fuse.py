@@ -50,10 +50,18 @@ def watched(*modules: nn.Module) -> bool:
 
 def fusible(x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether layers of these tensors can run as one on ``x``: on the CPU, in one dtype, no gradient asked for."""
-    present = [x, *(tensor for tensor in tensors if tensor is not None)]
-    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present)
-    uniform = all(tensor.dtype == x.dtype for tensor in present)
-    return x.device.type == "cpu" and uniform and not graded and not torch.is_autocast_enabled("cpu")
+    return alike(x, *tensors) and not graded(x, *tensors)
+
+
+def alike(x: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether ``x`` and what else is there are on the CPU in one dtype, which autocast does not change."""
+    uniform = all(tensor is None or tensor.dtype == x.dtype for tensor in tensors)
+    return x.device.type == "cpu" and uniform and not torch.is_autocast_enabled("cpu")
+
+
+def graded(*tensors: Tensor | None) -> bool:
+    """Whether a gradient to any of the tensors is asked for."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def comes_from(module: nn.Module, library: str, *names: str) -> bool:

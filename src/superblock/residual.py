@@ -86,7 +86,7 @@ class ResidualBlock(nn.Module):
             masks = {"attn_mask": attn_mask, "is_causal": is_causal or None}  # Older timms take fewer.
             options = {name: mask for name, mask in masks.items() if mask is not None}
             x = x + self.drop_path1(self.ls1(self.attn(y, **options)))  # type: ignore[operator]
-        if not self.training and passes(self.ls2, self.drop_path2):
+        if passes(self.ls2, self.drop_path2):
             return _add_feed_forward(self.mlp, self.norm2, x)  # type: ignore[arg-type]
         z: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # type: ignore[operator]
         return z
@@ -160,7 +160,7 @@ def _is_plain_torch(attn: nn.Module) -> bool:
 
 def _add_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``mlp(norm(x)) + x``."""
-    if isinstance(mlp, FeedForwardMlp | FeedForwardSequential) and not mlp.training and not watched(mlp):
+    if isinstance(mlp, FeedForwardMlp | FeedForwardSequential) and not watched(mlp):
         added: Tensor = mlp(x, x, norm)
         return added
     y: Tensor = x + mlp(norm(x))
