@@ -241,9 +241,11 @@ static void note_highest(const stream *k, int64_t queries) {
     }
 }
 
-/* Scores of some rows to probabilities, not yet divided by their sum: STEP keys, of which `left` exist. */
+/* Scores of some rows to probabilities, not yet divided by their sum: STEP keys, of which `left` exist. What is summed are
+ * the rounded ones, so that a share that is nearly all stays so. */
 SB_INLINE vec soften_step(const int moderate, const int full, const float *scores, int64_t left, float scale, float top,
-                          uint16_t *shares) {
+                          uint16_t *shares, vec sum) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     const vec first = load(scores), second = load(scores + SIDE);
     vec low = moderate ? moderate_power(first * scale) : power_of_two(first * scale - top, 3);
     vec high = moderate ? moderate_power(second * scale) : power_of_two(second * scale - top, 3);
@@ -251,8 +253,9 @@ SB_INLINE vec soften_step(const int moderate, const int full, const float *score
         low = (vec)_mm512_maskz_mov_ps(lanes_of(left), (__m512)low);
         high = (vec)_mm512_maskz_mov_ps(lanes_of(left - SIDE), (__m512)high);
     }
-    _mm512_storeu_si512(shares, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-    return low + high;
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    _mm512_storeu_si512(shares, (__m512i)both);
+    return (vec)_mm512_dpbf16_ps((__m512)sum, both, ones);
 }
 
 SB_INLINE void soften_rows(const int moderate, const int full, const stream *k, int64_t row, int64_t count) {
@@ -262,9 +265,11 @@ SB_INLINE void soften_rows(const int moderate, const int full, const stream *k, 
     float *lanes = t->lanes + q * SIDE;
     uint16_t *shares = t->shares + q * share + column;
     for (; count; count--, scores += ACROSS, lanes += SIDE, shares += share, top++) {
-        vec sum = soften_step(moderate, full, scores, left, scale, *top, shares);
-        if (full || left > STEP) sum += soften_step(moderate, full, scores + STEP, left - STEP, scale, *top, shares + STEP);
-        store(lanes, column ? load(lanes) + sum : sum);
+        vec sum = column ? load(lanes) : splat(0.0f);
+        sum = soften_step(moderate, full, scores, left, scale, *top, shares, sum);
+        if (full || left > STEP)
+            sum = soften_step(moderate, full, scores + STEP, left - STEP, scale, *top, shares + STEP, sum);
+        store(lanes, sum);
     }
 }
 
