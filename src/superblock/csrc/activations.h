@@ -33,30 +33,30 @@ SB_INLINE vec long_polynomial(const float *coefficients, const int terms, vec s)
 
 #define SB_LOG2_E 1.44269504f
 
-/* 2^x, x <= 0, to 2e-7 of it with 5 terms and 1e-4 with 3, exactly 1 for 0; 0 below 2^-126. The terms are minimax in
- * the relative error on [-1/2, 1/2]. */
-SB_INLINE vec power_of_two(vec x, const int terms) {
+/* 2^r on [-1/2, 1/2], to 2e-7 of it with 5 terms and 1e-4 with 3, exactly 1 for 0: minimax in the relative error. */
+SB_INLINE vec fraction_power(vec r, const int terms) {
     static const float three[] = {6.932829274e-1f, 2.422109622e-1f, 5.500893142e-2f};
     static const float five[] = {6.931469776e-1f, 2.402224208e-1f, 5.550733744e-2f, 9.671512688e-3f, 1.326472725e-3f};
-    const float *coefficients = terms == 3 ? three : five;
+    return 1.0f + r * polynomial(terms == 3 ? three : five, terms, r);
+}
+
+/* 2^x, x <= 0, as exactly; 0 below 2^-126. */
+SB_INLINE vec power_of_two(vec x, const int terms) {
 #if SB_LANES == 16
-    const __m512 r = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-    const vec p = 1.0f + (vec)r * polynomial(coefficients, terms, (vec)r);
+    const vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    return (vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)(x - (vec)r));
+    return (vec)_mm512_maskz_scalef_ps(normal, (__m512)fraction_power(r, terms), (__m512)(x - r));
 #else
     const vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);
-    const vec p = 1.0f + r * polynomial(coefficients, terms, r);
-    return below(x, -126.0f, splat(0.0f), (vec)((ivec)p + ((ivec)shifted << 23)));
+    return below(x, -126.0f, splat(0.0f), (vec)((ivec)fraction_power(r, terms) + ((ivec)shifted << 23)));
 #endif
 }
 
 #if SB_LANES == 16
-/* 2^x to 1e-4 of it, where that is a normal number. */
-SB_INLINE vec moderate_power(vec x) {
-    static const float coefficients[] = {6.932829274e-1f, 2.422109622e-1f, 5.500893142e-2f};
+/* 2^x where that is a normal number. */
+SB_INLINE vec moderate_power(vec x, const int terms) {
     const vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-    return (vec)_mm512_scalef_ps((__m512)(1.0f + r * polynomial(coefficients, 3, r)), (__m512)(x - r));
+    return (vec)_mm512_scalef_ps((__m512)fraction_power(r, terms), (__m512)(x - r));
 }
 #endif
 

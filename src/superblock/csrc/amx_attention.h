@@ -25,7 +25,7 @@ enum {
 typedef struct {
     const sb_head *head;
     int64_t steps, columns;  /* of features: products that sum them, tiles across */
-    int64_t block, share;    /* keys a block, to whole products; probabilities from one row to the next */
+    int64_t share;           /* probabilities from one row to the next */
     char *key_tiles;         /* [keys / 16][steps][16 pairs of features][16 keys] */
     char *value_tiles;       /* [keys / 32][columns][16 pairs of keys][16 features] */
     uint16_t *queries;       /* [16][steps][32] */
@@ -247,8 +247,8 @@ SB_INLINE vec soften_step(const int moderate, const int full, const float *score
                           uint16_t *shares, vec sum) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     const vec first = load(scores), second = load(scores + SIDE);
-    vec low = moderate ? moderate_power(first * scale) : power_of_two(first * scale - top, 3);
-    vec high = moderate ? moderate_power(second * scale) : power_of_two(second * scale - top, 3);
+    vec low = moderate ? moderate_power(first * scale, 3) : power_of_two(first * scale - top, 3);
+    vec high = moderate ? moderate_power(second * scale, 3) : power_of_two(second * scale - top, 3);
     if (!full) {
         low = (vec)_mm512_maskz_mov_ps(lanes_of(left), (__m512)low);
         high = (vec)_mm512_maskz_mov_ps(lanes_of(left - SIDE), (__m512)high);
@@ -355,7 +355,7 @@ static int attend(const sb_head *head, const sb_head *ahead) {
     const int64_t keys = whole(head->keys, ACROSS), steps = sb_ceil_div(head->features, STEP);
     const int64_t columns = sb_ceil_div(head->features, SIDE), blocks = sb_ceil_div(keys, LONGEST_BLOCK);
     const int64_t block = sb_ceil_div(keys / ACROSS, blocks) * ACROSS, run = sb_min(whole(head->queries, SIDE), LONGEST_RUN);
-    tiled_head t = {.head = head, .steps = steps, .columns = columns, .block = block, .share = odd_lines(block / STEP) * STEP};
+    tiled_head t = {.head = head, .steps = steps, .columns = columns, .share = odd_lines(block / STEP) * STEP};
     const int64_t key_bytes = keys * steps * STEP * 2, value_bytes = keys * columns * SIDE * 2, query_bytes = SIDE * steps * 64;
     const int64_t share_bytes = run * t.share * 2, sum_bytes = SIDE * ACROSS * 4, lane_bytes = run * SIDE * 4;
     const int64_t result_bytes = blocks > 1 ? run * columns * SIDE * 4 : 0;

@@ -145,8 +145,8 @@ int sb_arranges_strips(const sb_layer *layer, int64_t tiles, int32_t threads) {
     return layer->arranged_bytes && !layer->arranged && tiles <= threads;
 }
 
-int sb_arrange(sb_layer *first, sb_layer *second, int64_t tiles, int32_t threads) {
-    if (first->arranged || tiles <= threads) return SB_OK;
+int sb_arrange(sb_layer *first, sb_layer *second, int32_t threads) {
+    if (first->arranged) return SB_OK;
     const size_t bytes = sb_align(first->arranged_bytes), all = bytes + (second ? second->arranged_bytes : 0);
     char *memory = all ? sb_scratch(SB_CALL, all) : NULL;
     if (all && !memory) return SB_NO_MEMORY;

@@ -46,6 +46,6 @@ sb_target sb_target_of(const sb_product *p, int64_t start, int64_t tokens, int64
 int sb_arranges_strips(const sb_layer *layer, int64_t tiles, int32_t threads);
 
 /* Otherwise, those of one layer or two, in one buffer. */
-int sb_arrange(sb_layer *first, sb_layer *second, int64_t tiles, int32_t threads);
+int sb_arrange(sb_layer *first, sb_layer *second, int32_t threads);
 
 #endif

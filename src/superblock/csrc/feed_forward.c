@@ -128,7 +128,9 @@ SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
         job.totals = sb_scratch(SB_SHARED, (size_t)(groups * job.totals_stride) * sizeof *job.totals);
         if (!job.totals) return SB_NO_MEMORY;
     }
-    int status = sb_arrange(&job.first, &job.second, job.partition.tiles, p->threads);
+    int status = SB_OK;
+    if (!sb_arranges_strips(&job.first, job.partition.tiles, p->threads))
+        status = sb_arrange(&job.first, &job.second, p->threads);
     if (status == SB_OK) status = sb_parallel(p->threads, job.partition.tiles, feed_forward_item, &job);
     if (status != SB_OK || !ff->dbias) return status;
     return sb_parallel(p->threads, sb_ceil_div(p->weight.out_features, TOTALS_WIDTH), add_totals, &job);

@@ -112,12 +112,9 @@ static void tile(int dtype, int64_t panel, int64_t group, const sb_tile *t) {
 
 /* Two features of `count` outputs, at most a vector of them, side by side. */
 SB_INLINE void interleave(const uint16_t *even, const uint16_t *odd, int64_t count, uint16_t *out) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __mmask16 lanes = (__mmask16)((1u << count) - 1);
     const __m256i low = _mm256_maskz_loadu_epi16(lanes, even), high = _mm256_maskz_loadu_epi16(lanes, odd);
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    _mm512_mask_storeu_epi32(out, lanes, _mm512_permutexvar_epi16(order, both));
+    _mm512_mask_storeu_epi32(out, lanes, pair_rows(low, high));
 }
 
 /* A pair lies together: whole pairs are transposed. */

@@ -186,13 +186,11 @@ static void epilogue(const sb_epilogue *e) {
 #if SB_LANES == 16
 /* 32 rows of 16: pairs of rows are interleaved, and the pairs transposed. */
 SB_INLINE void transpose_32_by_16(const uint16_t *in, int64_t in_stride, uint16_t *out, int64_t out_stride) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512i a[16], b[16];
     SB_UNROLL for (int i = 0; i < 16; i++, in += 2 * in_stride) {
         const __m256i even = _mm256_loadu_si256((const __m256i *)in);
         const __m256i odd = _mm256_loadu_si256((const __m256i *)(in + in_stride));
-        a[i] = _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1));
+        a[i] = pair_rows(even, odd);
     }
     SB_UNROLL for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);

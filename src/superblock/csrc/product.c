@@ -100,7 +100,7 @@ static int32_t useful_threads(const sb_layer *layer, int64_t tokens, int32_t thr
 }
 
 /* Threads that share out few tokens lay out all values each, those that share out the block rows pack all tokens each:
- * whichever is less (4096 -> 4096, 197 tokens, bfloat16, 80 %: 1.58 and 1.02 ms). */
+ * whichever is less (768 -> 3072, 197 tokens, bfloat16, 80 %: 0.22 and 0.14 ms, laid out a strip at a time). */
 static void cut_tiles(product_job *job, int32_t threads) {
     const sb_layer *layer = &job->layer;
     const int64_t tokens = job->product->tokens, bytes = layer->padded_in * layer->packed_size;
@@ -113,9 +113,9 @@ static void cut_tiles(product_job *job, int32_t threads) {
 
 static int run_tiles(product_job *job, int32_t threads) {
     cut_tiles(job, threads);
-    /* Strips come again with every group there. */
-    if (sb_arranges_strips(&job->layer, job->partition.tiles, threads)) job->by_group = 0;
-    const int status = sb_arrange(&job->layer, NULL, job->partition.tiles, threads);
+    int status = SB_OK;
+    if (sb_arranges_strips(&job->layer, job->partition.tiles, threads)) job->by_group = 0; /* or they come with every group */
+    else status = sb_arrange(&job->layer, NULL, threads);
     if (status != SB_OK) return status;
     return sb_parallel(threads, job->partition.tiles * job->partition.splits, product_item, job);
 }

@@ -126,7 +126,7 @@ static int unit_item(const void *context, int64_t item) {
 
 static int run_sequences(self_attention_job *job) {
     const sb_self_attention *a = job->a;
-    const int status = sb_arrange(&job->projection, &job->output, INT64_MAX, a->threads);
+    const int status = sb_arrange(&job->projection, &job->output, a->threads);
     if (status != SB_OK) return status;
     return sb_parallel(a->threads, a->sequences, sequence_item, job);
 }
@@ -136,7 +136,7 @@ static int run_heads(self_attention_job *job) {
     job->packed = sb_scratch(SB_SHARED, (size_t)a->sequences * (job->packed_bytes + job->heads_bytes));
     if (!job->packed) return SB_NO_MEMORY;
     job->heads = job->packed + (size_t)a->sequences * job->packed_bytes;
-    int status = sb_arrange(&job->projection, NULL, a->sequences > 1 ? INT64_MAX : 0, a->threads);
+    int status = a->sequences > 1 ? sb_arrange(&job->projection, NULL, a->threads) : SB_OK;
     if (status != SB_OK) return status;
     status = sb_parallel(a->threads, a->sequences * sb_ceil_div(job->tokens, job->group), group_item, job);
     if (status != SB_OK) return status;

@@ -101,6 +101,15 @@ SB_INLINE vec accumulate_splat(vec sum, vec a, const float *b) {
 #define SB_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 
+#ifdef __AVX512BW__
+/* Two rows of 16 half-width elements, one after the other, as pairs. */
+SB_INLINE __m512i pair_rows(__m256i even, __m256i odd) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1));
+}
+#endif
+
 /* Transposes a square of vectors: interleaving the halves moves one bit of the row number into the lane's. */
 SB_INLINE void turn(vec square[SB_LANES]) {
     SB_UNROLL for (int moved = 1; moved < SB_LANES; moved *= 2) {

@@ -114,18 +114,13 @@ SB_INLINE void tile_widened(int dtype, const int vectors, const int group, const
  * in registers, once for all tokens of the group, and no second copy of the weights is kept. */
 SB_INLINE void load_pairs(const uint16_t *w, ptrdiff_t row, const int vectors, const int half, __m512i pairs[4]) {
     if (vectors == 1) {
-        __m512i both;
         if (half) {
             __m128i even = _mm_loadu_si128((const __m128i *)w), odd = _mm_loadu_si128((const __m128i *)(w + row));
             __m256i low = _mm256_set_m128i(_mm_unpackhi_epi16(even, odd), _mm_unpacklo_epi16(even, odd));
             pairs[0] = _mm512_zextsi256_si512(low);
             return;
         }
-        both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)w)),
-                                  _mm256_loadu_si256((const __m256i *)(w + row)), 1);
-        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                               21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        pairs[0] = _mm512_permutexvar_epi16(order, both);
+        pairs[0] = pair_rows(_mm256_loadu_si256((const __m256i *)w), _mm256_loadu_si256((const __m256i *)(w + row)));
         return;
     }
     SB_UNROLL for (int v = 0; v < vectors; v += 2) {
