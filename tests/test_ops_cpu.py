@@ -165,6 +165,28 @@ def test_gradients_of_values_over_many_cells_and_tiles(
     torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "living",
+    [(70, slice(None)), (slice(None), 3), (slice(130, None), slice(125, None))],
+    ids=["a row", "a column", "a corner"],
+)
+def test_gradients_of_values_that_lie_unevenly(living: tuple[int | slice, int | slice], dtype: torch.dtype) -> None:
+    """The parts of a weight have as much work each, so that some have no panel at all."""
+    where = torch.zeros(137, 131, dtype=torch.bool)
+    where[living] = True
+    crow = torch.zeros(138, dtype=torch.int32)
+    crow[1:] = where.sum(1).cumsum(0)
+    col = where.nonzero()[:, 1].int()
+    sizes = (137 * 16, 131 * 16, 16, 16)
+    grad, x = torch.randn(70, sizes[0]).to(dtype), torch.randn(70, sizes[1]).to(dtype)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        values = cpu.grad_values(grad, x, crow, col, *sizes)
+        assert_near(values, reference.grad_values(grad.double(), x.double(), crow, col, *sizes))
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("tokens", [6001, 22001])
 def test_large_results_in_bfloat16(tokens: int) -> None:
     """9 MB, written past the caches, and 33, which is not: both of them twice, with the preactivation."""
@@ -231,10 +253,13 @@ def test_slopes_at_their_extremes(dtype: torch.dtype) -> None:
     for activation in ACTIVATIONS:
         dz, _ = cpu.activation_gradient(torch.ones_like(z), z, activation)
         want = _gradient(torch.ones_like(z).double(), z.double(), activation)
-        torch.testing.assert_close(dz.double(), want, rtol=torch.finfo(dtype).eps, atol=3e-6)
+        short = dtype == torch.bfloat16 and activation == "gelu"
+        torch.testing.assert_close(dz.double(), want, rtol=torch.finfo(dtype).eps, atol=3e-4 if short else 3e-6)
         limits, total = cpu.activation_gradient(torch.ones_like(ends), ends, activation)
         low = 1.0 if activation == "none" else 0.0
-        torch.testing.assert_close(limits[:2, 0].float(), torch.tensor([1.0, low]), rtol=0, atol=3e-6)
+        torch.testing.assert_close(
+            limits[:2, 0].float(), torch.tensor([1.0, low]), rtol=0, atol=1e-5 if short else 3e-6
+        )
         if activation not in ("none", "relu"):  # Whose slopes do not depend on the size of z.
             assert limits[2].isnan()
             assert total.isnan()

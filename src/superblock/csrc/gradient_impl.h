@@ -13,7 +13,7 @@ SB_INLINE void gradient_of(int dtype, int activation, const sb_gradient *gradien
             __builtin_prefetch(z_ahead + at * size_of(dtype));
             __builtin_prefetch(grad_ahead + from * size_of(dtype));
             vec z = activation == SB_NONE ? splat(0.0f) : load_part(dtype, g.z, at, left); /* there may be none */
-            vec dz = load_part(dtype, g.grad, from, left) * slope(activation, z);
+            vec dz = load_part(dtype, g.grad, from, left) * slope(dtype, activation, z);
             if (stream) stream_as(dtype, g.dz, at, dz);
             else if (g.dz) store_part(dtype, g.dz, at, left, dz);
             store(sums + n, load(sums + n) + dz);
@@ -65,7 +65,7 @@ SB_INLINE void slope_rows(int dtype, int activation, const int halves, const sb_
             char *high = left > SB_CHUNK ? low + s.group * SB_CHUNK * size : low; /* of halves, if it has any */
             __builtin_prefetch((const char *)s.z + at * size_of(dtype) + FETCHED_AHEAD);
             const vec z = load_part(dtype, s.z, at, left);
-            const vec dz = load_packed(packed_dtype, halves, low, high) * slope(activation, z);
+            const vec dz = load_packed(packed_dtype, halves, low, high) * slope(dtype, activation, z);
             store_packed(packed_dtype, halves, low, high, dz);
             if (s.stream) stream_as(dtype, s.dz, at, dz);
             else if (s.dz) store_part(dtype, s.dz, at, left, dz);

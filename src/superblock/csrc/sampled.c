@@ -9,17 +9,19 @@
 #include "layer.h"
 #include "parallel.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* Bytes of a token that a cell takes of an operand, and tokens of a tile: 0.5 MB of operands beside the sums. Longer
  * tiles load and store the sums less often, which pairs wait for longer than for their products. */
-enum { SIDE_BYTES = 4096, TOKENS = 64, PAIRED_TILE = 128, PAIRED_TOKENS = 32 };
+enum { SIDE_BYTES = 6144, TOKENS = 64, PAIRED_TILE = 128, PAIRED_TOKENS = 32 };
 
 /* dy or x: a panel of it is the features of one block row or column. */
 typedef struct {
     const char *source;
     int64_t stride, features, width, panels;
     int64_t parts; /* that its panels are cut into */
+    int32_t *bounds; /* the first panel of every part, and the end */
     int32_t activation; /* taken while it is laid out */
 } operand;
 
@@ -63,7 +65,7 @@ static int32_t find(const int32_t *cols, int32_t from, int32_t to, int64_t colum
 }
 
 static share share_of(const operand *o, int64_t part) {
-    return (share){.of = o, .first = o->panels * part / o->parts, .last = o->panels * (part + 1) / o->parts};
+    return (share){.of = o, .first = o->bounds[part], .last = o->bounds[part + 1]};
 }
 
 static int64_t count_blocks(const sb_weight *w, const cell *c) {
@@ -233,20 +235,44 @@ static void cut(sampled_job *job) {
     wide->parts = sb_min(sb_ceil_div(cells, others), wide->panels);
 }
 
+/* Parts of about the same work: each block of a panel multiplies it with `across` features, and laying the panel out takes
+ * as long as `laid_out` of them. */
+static void share_out(const operand *o, const int32_t *living, int64_t across, int64_t laid_out) {
+    int64_t all = 0, before = 0, part = 0;
+    for (int64_t p = 0; p < o->panels; p++) all += living[p] ? living[p] * across + laid_out : 0;
+    for (int64_t p = 0; p < o->panels; p++) {
+        const int64_t own = living[p] ? living[p] * across + laid_out : 0;
+        while (part < o->parts && (2 * before + own) * o->parts >= 2 * all * part) o->bounds[part++] = (int32_t)p;
+        before += own;
+    }
+    while (part <= o->parts) o->bounds[part++] = (int32_t)o->panels;
+}
+
 SB_API int sb_run_sampled(const sb_sampled *s) {
     const sb_weight *w = &s->weight;
     const int64_t rows = sb_ceil_div(w->out_features, w->block_out), columns = sb_ceil_div(w->in_features, w->block_in);
     if (!w->crow[rows]) return SB_OK;
+    int32_t *memory = calloc((size_t)(2 * (rows + columns + 1)), sizeof *memory);
+    if (!memory) return SB_NO_MEMORY;
+    int32_t *row_blocks = memory, *column_blocks = row_blocks + rows, *bounds = column_blocks + columns;
+    for (int64_t r = 0; r < rows; r++) row_blocks[r] = w->crow[r + 1] - w->crow[r];
+    for (int64_t b = 0; b < w->crow[rows]; b++) column_blocks[w->cols[b]]++;
     sampled_job job = {
         .sampled = s,
         .kernels = sb_kernels_for(s->dtype, s->tokens),
-        .dy = {.source = s->grad, s->grad_stride, w->out_features, w->block_out, rows},
-        .x = {.source = s->x, s->x_stride, w->in_features, w->block_in, columns, .activation = s->activation},
+        .dy = {.source = s->grad, s->grad_stride, w->out_features, w->block_out, rows, .bounds = bounds},
+        .x = {.source = s->x, s->x_stride, w->in_features, w->block_in, columns, .bounds = bounds + rows + 1,
+              .activation = s->activation},
     };
     job.paired = job.kernels->outer_pairs && w->block_out % 16 == 0 && w->block_in % 16 == 0;
     job.tile = job.paired ? PAIRED_TILE : TOKENS;
     /* In pairs what comes first is turned, which takes longer: the narrower one. Else the sums lie as the values do. */
     job.x_first = job.paired ? w->in_features < w->out_features : w->out_stride == 1;
     cut(&job);
-    return sb_parallel(s->threads, job.dy.parts * job.x.parts, cell_item, &job);
+    const int64_t laid_out = job.paired ? 160 : 40;
+    share_out(&job.dy, row_blocks, w->block_in, laid_out);
+    share_out(&job.x, column_blocks, w->block_out, laid_out);
+    const int status = sb_parallel(s->threads, job.dy.parts * job.x.parts, cell_item, &job);
+    free(memory);
+    return status;
 }
