@@ -2,9 +2,6 @@
 #include "parallel.h"
 
 #include <stdatomic.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #include <unistd.h>
 
 /* The packed tokens of a tile stay in L2 while weights and results stream past. Weights that would fit there too are to
@@ -21,35 +18,6 @@ int64_t sb_tile_bytes(const sb_layer *layer, int64_t weight_bytes) {
     atomic_store(&known, l2);
     if (weight_bytes >= l2 / 2) return l2 * 3 / 5;
     return layer->packed_size == 4 ? l2 / 10 : l2 / 5;
-}
-
-/* Whether memory has been written before: of pages as large as these results the kernel gives fresh ones otherwise. */
-static int is_resident(const void *memory) {
-#if defined(__linux__)
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    unsigned char resident = 0;
-    return mincore((void *)((uintptr_t)memory / page * page), 1, &resident) == 0 && (resident & 1);
-#else
-    (void)memory;
-    return 0;
-#endif
-}
-
-int sb_streams(const void *results, int64_t bytes) {
-    enum { STREAMED_BYTES = 8 << 20 };
-    return bytes > STREAMED_BYTES && is_resident((const char *)results + bytes / 2);
-}
-
-/* Ask for fresh pages in pieces of 2 MB: faults of 4 KB cost more than the product (64 -> 256 channels: 26 -> 12 ms). */
-void sb_prefer_huge_pages(const sb_product *p) {
-#if defined(MADV_HUGEPAGE)
-    enum { HUGE = 2 << 20 };
-    const int64_t bytes = ((p->tokens - 1) * p->y_stride + p->weight.out_features) * sb_size_of(p->dtype);
-    const uintptr_t y = (uintptr_t)p->y, start = (y + HUGE - 1) / HUGE * HUGE, end = (y + (size_t)bytes) / HUGE * HUGE;
-    if (bytes > SB_REUSED_BYTES) madvise((void *)start, end - start, MADV_HUGEPAGE);
-#else
-    (void)p;
-#endif
 }
 
 sb_partition sb_cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads) {
@@ -154,4 +122,10 @@ int sb_arrange(sb_layer *first, sb_layer *second, int32_t threads) {
     return status == SB_OK && second ? sb_layer_arrange(second, memory + bytes, threads) : status;
 }
 
-int sb_product_streams(const sb_product *p) { return sb_streams(p->y, p->tokens * p->y_stride * sb_size_of(p->dtype)); }
+static int64_t result_bytes(const sb_product *p) {
+    return ((p->tokens - 1) * p->y_stride + p->weight.out_features) * sb_size_of(p->dtype);
+}
+
+int sb_product_streams(const sb_product *p) { return sb_streams(p->y, result_bytes(p)); }
+
+void sb_prefer_huge_results(const sb_product *p) { sb_prefer_huge_pages(p->y, result_bytes(p)); }

@@ -3,6 +3,7 @@
 #define SUPERBLOCK_DRIVER_H
 
 #include "layer.h"
+#include "pages.h"
 
 typedef struct {
     int64_t group, tile, tiles; /* tokens a group, tokens a tile, tiles */
@@ -23,11 +24,6 @@ sb_partition sb_cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t ti
 /* The same of groups of this size, whatever the threads. */
 sb_partition sb_cut_groups(int64_t tokens, int64_t group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads);
 
-/* Beyond this malloc hands out fresh pages. */
-enum { SB_REUSED_BYTES = 32 << 20 };
-
-void sb_prefer_huge_pages(const sb_product *p);
-
 /* Bytes for the norm's parameters as floats and the normalized tokens of a group, before they are packed. */
 size_t sb_normalized_bytes(const sb_product *p, int64_t group);
 
@@ -35,7 +31,9 @@ size_t sb_normalized_bytes(const sb_product *p, int64_t group);
 void sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
                   char *room, char *packed);
 
+/* Of a product's results: whether to write them around the caches, and the wish for large pages. */
 int sb_product_streams(const sb_product *p);
+void sb_prefer_huge_results(const sb_product *p);
 
 /* Where the results of tokens from `start` on go; their packed features, and whether to stream, are the caller's to add;
  * a product without y has its preactivations at most. */

@@ -121,7 +121,7 @@ SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
     sb_layer_init(&job.first, &p->weight, p->dtype, p->tokens);
     sb_layer_init(&job.second, &ff->second.weight, p->dtype, p->tokens);
     cut(&job);
-    sb_prefer_huge_pages(&ff->second);
+    sb_prefer_huge_results(&ff->second);
     if (ff->dbias) {
         const int64_t groups = sb_ceil_div(p->tokens, job.partition.group);
         job.totals_stride = (int64_t)sb_align((size_t)p->weight.out_features);

@@ -4,6 +4,7 @@
  * does not depend on the number of threads.
  */
 #include "layer.h"
+#include "pages.h"
 #include "parallel.h"
 
 #include <string.h>

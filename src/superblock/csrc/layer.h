@@ -67,10 +67,6 @@ static inline int64_t sb_chunk(const sb_kernels *kernels, int64_t features) {
     while (features % chunk) chunk /= 2;
     return chunk;
 }
-/* Whether to write `bytes` of results around the caches: they leave those before anyone reads them, and no line need be
- * read first (768 x 3072, 1576 tokens, float32, 90 %: 5.6 -> 4.5 ms; 6304 tokens: 13.8 -> 11.4 of two threads). But not to
- * pages that the kernel has yet to zero, in the caches: that would write them twice (38 ms, not 22). */
-int sb_streams(const void *results, int64_t bytes);
 /* Streamed stores become visible to other threads in no order of their own. */
 static inline void sb_finish_stores(void) {
 #if defined(__x86_64__)

@@ -183,7 +183,7 @@ SB_API int sb_run_product(const sb_product *p) {
     product_job job = {.product = p};
     sb_layer_init(&job.layer, &p->weight, p->dtype, p->tokens);
     const int32_t threads = useful_threads(&job.layer, p->tokens, p->threads);
-    sb_prefer_huge_pages(p);
+    sb_prefer_huge_results(p);
     const int64_t weight_bytes = sb_layer_bytes(&job.layer);
     const int64_t written = p->tokens * p->y_stride * sb_size_of(p->dtype);
     job.stream = sb_product_streams(p);
