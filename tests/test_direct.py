@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from superblock.bsr import BSRMatrix
 from superblock.errors import ConfigError, MatrixError
 from superblock.nn import BSRLinear
-from superblock.ops import cpu, direct, prepared, reference
+from superblock.ops import cpu, direct, native, prepared, reference
 
 pytestmark = needs_core
 
@@ -195,6 +195,28 @@ def test_a_weight_used_in_two_ways_stays_itself() -> None:
             wide = None if added is None else added.double()
             want = reference.linear(x.double(), values.double(), crow, col, wide, None, 48, 32, activation)
             torch.testing.assert_close(y, want.float())
+
+
+@torch.no_grad()
+def test_values_move_to_huge_pages_once_and_stay_as_they_are(layer: BSRLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    core, moved = native.library(), []
+    move = core.sb_move_to_huge_pages
+    monkeypatch.setattr(core, "sb_move_to_huge_pages", lambda *memory: (moved.append(memory), move(*memory)))
+    x = torch.randn(3, 32)
+    for _ in range(2):
+        layer(x)
+    layer.values.mul_(2)
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    assert moved == [(layer.values.data_ptr(), layer.values.nbytes)]
+
+
+def test_memory_of_any_size_and_place_may_move_to_huge_pages() -> None:
+    values = torch.randn(5 << 20)
+    before = values.clone()
+    for start, end in ((0, 0), (0, 100), (1, 1 << 20), (1, (1 << 20) + 3), (7, 4 << 20), (0, 5 << 20)):
+        part = values[start:end]
+        native.library().sb_move_to_huge_pages(part.data_ptr(), part.nbytes)
+        assert torch.equal(values, before)
 
 
 def test_training_prepares_a_weight_once(layer: BSRLinear, monkeypatch: pytest.MonkeyPatch) -> None:

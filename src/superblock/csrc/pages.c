@@ -1,4 +1,5 @@
 #include "pages.h"
+#include "superblock.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -22,12 +23,29 @@ int sb_streams(const void *results, int64_t bytes) {
     return bytes > STREAMED_BYTES && is_resident((const char *)results + bytes / 2);
 }
 
-void sb_prefer_huge_pages(const void *memory, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
+#if defined(__linux__)
+/* The 2 MB pages that lie wholly in `memory` are to be huge: at their first fault, or at once. */
+static void advise(const void *memory, int64_t bytes, int advice) {
     enum { HUGE = 2 << 20 };
     const uintptr_t start = ((uintptr_t)memory + HUGE - 1) / HUGE * HUGE;
     const uintptr_t end = ((uintptr_t)memory + (size_t)bytes) / HUGE * HUGE;
-    if (bytes > SB_REUSED_BYTES) madvise((void *)start, end - start, MADV_HUGEPAGE);
+    if (start < end) madvise((void *)start, end - start, advice); /* refused where the kernel has none */
+}
+#endif
+
+void sb_prefer_huge_pages(const void *memory, int64_t bytes) {
+#if defined(__linux__)
+    if (bytes > SB_REUSED_BYTES) advise(memory, bytes, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+SB_API void sb_move_to_huge_pages(const void *memory, int64_t bytes) {
+#if defined(__linux__)
+    enum { COLLAPSE = 25 }; /* since Linux 6.1; its name is unknown to older headers */
+    enum { CACHED_BYTES = 4 << 20 };
+    if (bytes > CACHED_BYTES) advise(memory, bytes, COLLAPSE);
 #else
     (void)memory, (void)bytes;
 #endif

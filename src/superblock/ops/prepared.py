@@ -78,6 +78,7 @@ def prepare(
         return found[3]
     prepared = _build(values, crow, col, bias, shape, activation)
     if not prepared.copies:
+        native.library().sb_move_to_huge_pages(values.data_ptr(), values.nbytes)  # If large, once.
         _memory[name] = state, crow, col, prepared, weakref.ref(values, lambda _: _memory.pop(name, None))
     return prepared
 
