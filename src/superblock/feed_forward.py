@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ import superblock.ops.feed_forward_training  # noqa: F401  Both register their o
 from superblock.fuse import alike, comes_from, fusible, graded, watched
 from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
+from superblock.ops import direct
+
+_STILL = (nn.Identity, nn.Dropout)  # What hands on its input in inference.
 
 
 def fuse_feed_forward(model: nn.Module) -> None:
@@ -35,11 +39,12 @@ class FeedForwardSequential(nn.Sequential):
     """A sequence in which two block-sparse layers that follow one another run as one."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
-        steps = [child for child in self if not passes(child)]
-        if norm is not None and not (len(steps) > 1 and chains(steps[0], steps[1])):
-            x, norm = norm(x), None
+        steps = [child for child in self._modules.values() if not passes(child)]
         while steps:
-            if len(steps) > 1 and chains(steps[0], steps[1]):
+            pair = len(steps) > 1 and chains(steps[0], steps[1])
+            if norm is not None and not pair:
+                x, norm = norm(x), None
+            if pair:
                 last = residual if len(steps) == 2 else None
                 x = feed_forward(x, steps[0], steps[1], last, norm)  # type: ignore[arg-type]
                 residual, norm = None if len(steps) == 2 else residual, None
@@ -53,12 +58,13 @@ class FeedForwardMlp(nn.Module):
     """timm's ``Mlp`` after its activation has moved into its first layer."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
-        idle = (self.act, self.drop1, self.norm, self.drop2)
-        if chains(self.fc1, self.fc2) and passes(*idle):
-            return feed_forward(x, self.fc1, self.fc2, residual, norm)  # type: ignore[arg-type]
+        parts: dict[str, Any] = self._modules
+        first, second = parts["fc1"], parts["fc2"]
+        if chains(first, second) and passes(parts["act"], parts["drop1"], parts["norm"], parts["drop2"]):
+            return feed_forward(x, first, second, residual, norm)
         x = x if norm is None else norm(x)
-        hidden = self.norm(self.drop1(self.act(self.fc1(x))))  # type: ignore[operator]
-        y: Tensor = self.drop2(self.fc2(hidden))  # type: ignore[operator]
+        hidden = parts["norm"](parts["drop1"](parts["act"](first(x))))
+        y: Tensor = parts["drop2"](second(hidden))
         return y if residual is None else y + residual
 
 
@@ -66,42 +72,38 @@ def feed_forward(
     x: Tensor, first: BSRLinear, second: BSRLinear, residual: Tensor | None = None, norm: nn.Module | None = None
 ) -> Tensor:
     """``second(first(norm(x))) + residual``, in one pass over the tokens where the native core can; so in training."""
-    taking_part = (first.values, first.bias, second.values, second.bias, residual)
+    up, down = first.tensors, second.tensors
+    taking_part = (up[0], up[3], down[0], down[3], residual)
     inside = norm_of(norm, x, first) if norm is not None and fusible(x, *taking_part) else None
     if norm is not None and inside is None:
         x = norm(x)
-    if not alike(x, *taking_part):
+    if inside is None and not alike(x, *taking_part):
         return second(first(x)) if residual is None else second.project(first(x), second.activation, residual)
-    tensors = (
-        first.values,
-        first.crow_indices,
-        first.col_indices,
-        first.bias,
-        second.values,
-        second.crow_indices,
-        second.col_indices,
-        second.bias,
-        residual,
-    )
-    sizes = (first.in_features, first.out_features, second.out_features, first.activation)
-    y: Tensor
+    in_features, hidden, out_features = first.in_features, first.out_features, second.out_features
+    tensors, sizes = (*up, *down, residual), (in_features, hidden, out_features, first.activation)
     if graded(x, *taking_part):
-        y = torch.ops.superblock.feed_forward_with_preactivation(x, *tensors, *sizes)[0]
-    else:
-        y = torch.ops.superblock.feed_forward(x, *tensors, *(inside or (None, None, None)), *sizes)
-    return y
+        y: Tensor = torch.ops.superblock.feed_forward_with_preactivation(x, *tensors, *sizes)[0]
+        return y
+    weights = (*up, hidden, in_features), (*down, out_features, hidden)
+    whole = direct.feed_forward(x, weights[0], first.activation, weights[1], residual, inside)
+    if whole is None:
+        whole = torch.ops.superblock.feed_forward(x, *tensors, *(inside or (None, None, None)), *sizes)
+    return whole
 
 
 def passes(*modules: object) -> bool:
     """Whether modules hand on their input now, seen by nobody."""
-    return _may_pass(*modules) and not any(
-        isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules
-    )
+    for module in modules:
+        if not isinstance(module, _STILL) or watched(module):
+            return False
+        if module.training and isinstance(module, nn.Dropout) and module.p > 0:
+            return False
+    return True
 
 
 def _may_pass(*modules: object) -> bool:
     """The same in inference."""
-    return all(isinstance(module, nn.Identity | nn.Dropout) and not watched(module) for module in modules)
+    return all(isinstance(module, _STILL) and not watched(module) for module in modules)
 
 
 def chains(first: object, second: object) -> bool:

@@ -45,7 +45,10 @@ def count_uses(model: nn.Module) -> Counter[int]:
 
 def watched(*modules: nn.Module) -> bool:
     """Whether a hook would notice that one of the modules is not called."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    for module in modules:  # noqa: SIM110  Asked between all products, where a generator takes three times as long.
+        if module._forward_hooks or module._forward_pre_hooks:
+            return True
+    return False
 
 
 def fusible(x: Tensor, *tensors: Tensor | None) -> bool:
@@ -55,8 +58,13 @@ def fusible(x: Tensor, *tensors: Tensor | None) -> bool:
 
 def alike(x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether ``x`` and what else is there are on the CPU in one dtype, which autocast does not change."""
-    uniform = all(tensor is None or tensor.dtype == x.dtype for tensor in tensors)
-    return x.device.type == "cpu" and uniform and not torch.is_autocast_enabled("cpu")
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return False
+    dtype = x.dtype
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and tensor.dtype != dtype:
+            return False
+    return True
 
 
 def graded(*tensors: Tensor | None) -> bool:

@@ -47,6 +47,16 @@ class BSRWeight(nn.Module):
         return BSRMatrix(self.crow_indices, self.col_indices, self.values, (self.out_features, self.in_features))
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """``values``, ``crow_indices``, ``col_indices`` and ``bias``."""
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        try:  # Past nn.Module.__getattr__, which takes 0.4 µs for each.
+            return parameters["values"], buffers["crow_indices"], buffers["col_indices"], parameters["bias"]
+        except KeyError:  # Parametrized, or replaced by plain tensors.
+            return self.values, self.crow_indices, self.col_indices, self.bias
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the dense weight."""
         return self.out_features, self.in_features
@@ -60,19 +70,10 @@ class BSRWeight(nn.Module):
         self, x: Tensor, activation: str = "none", residual: Tensor | None = None, norm: Norm | None = None
     ) -> Tensor:
         """``act(norm(x) Wᵀ + b) + residual``; with a norm, without gradients and on the CPU alone."""
-        parameters: dict[str, Any] = self._parameters
-        buffers: dict[str, Any] = self._buffers
-        try:  # Past nn.Module.__getattr__, which takes 0.4 µs for each.
-            values, bias = parameters["values"], parameters["bias"]
-            crow, col = buffers["crow_indices"], buffers["col_indices"]
-        except KeyError:  # Parametrized, or replaced by plain tensors.
-            values, bias, crow, col = self.values, self.bias, self.crow_indices, self.col_indices
         shape = (self.out_features, self.in_features)
         if norm is None:
-            return product(x, values, crow, col, bias, shape, activation, residual)
-        y: Tensor = torch.ops.superblock.bsr_linear_normalized(
-            x, *norm, values, crow, col, bias, residual, *shape, activation
-        )
+            return product(x, *self.tensors, shape, activation, residual)
+        y: Tensor = torch.ops.superblock.bsr_linear_normalized(x, *norm, *self.tensors, residual, *shape, activation)
         return y
 
     def extra_repr(self) -> str:
@@ -134,7 +135,7 @@ class BSRLinear(BSRWeight):
         return _WeightRead(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(x, self.activation)
+        return product(x, *self.tensors, (self.out_features, self.in_features), self.activation)
 
     def extra_repr(self) -> str:
         fused = "" if self.activation == "none" else f", activation={self.activation}"

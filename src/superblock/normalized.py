@@ -15,8 +15,10 @@ def norm_of(norm: nn.Module, x: Tensor, layer: object) -> Norm | None:
     where no gradient is asked for.
     """
     plain = type(norm) is nn.LayerNorm or comes_from(norm, "timm.", "LayerNorm")
-    if not plain or watched(norm) or type(layer) is not BSRLinear or watched(layer):
+    if not plain or type(layer) is not BSRLinear or watched(norm, layer):
         return None
     assert isinstance(norm, nn.LayerNorm)
-    fits = tuple(norm.normalized_shape) == x.shape[-1:] and fusible(x, norm.weight, norm.bias, layer.values, layer.bias)
-    return (norm.weight, norm.bias, norm.eps) if fits else None
+    weight, bias = norm.weight, norm.bias
+    values, _, _, layer_bias = layer.tensors
+    fits = tuple(norm.normalized_shape) == x.shape[-1:] and fusible(x, weight, bias, values, layer_bias)
+    return (weight, bias, norm.eps) if fits else None

@@ -9,6 +9,7 @@ import superblock.ops.self_attention  # noqa: F401  Registers the op.
 from superblock.fuse import fusible, watched
 from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
+from superblock.ops import direct
 
 
 def attend_as_one(
@@ -23,23 +24,14 @@ def attend_as_one(
     inner, hidden = out_proj.in_features, out_proj.out_features
     fits = in_proj.out_features == 3 * inner and in_proj.in_features == hidden == x.shape[-1] and inner % num_heads == 0
     plain = in_proj.activation == out_proj.activation == "none" and not watched(in_proj, out_proj)
+    if not fits or not plain:
+        return None
     inside = None if norm is None else norm_of(norm, x, in_proj)
-    if not fits or not plain or (norm is not None and inside is None):
+    into, out = in_proj.tensors, out_proj.tensors
+    if (norm is not None and inside is None) or not fusible(x, into[0], into[3], out[0], out[3]):
         return None
-    if not fusible(x, in_proj.values, in_proj.bias, out_proj.values, out_proj.bias):
-        return None
-    y: Tensor = torch.ops.superblock.self_attention(
-        x,
-        *(inside or (None, None, None)),
-        in_proj.values,
-        in_proj.crow_indices,
-        in_proj.col_indices,
-        in_proj.bias,
-        out_proj.values,
-        out_proj.crow_indices,
-        out_proj.col_indices,
-        out_proj.bias,
-        num_heads,
-        inner,
-    )
-    return y
+    whole = direct.self_attention(x, inside, (*into, 3 * inner, hidden), (*out, hidden, inner), num_heads)
+    if whole is None:
+        norms = inside or (None, None, None)
+        whole = torch.ops.superblock.self_attention(x, *norms, *into, *out, num_heads, inner)
+    return whole

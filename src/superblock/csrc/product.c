@@ -193,17 +193,3 @@ SB_API int sb_run_product(const sb_product *p) {
     const int64_t slabs = count_slabs(p, &job.layer);
     return slabs > 1 ? run_slabs(&job, slabs, threads) : run_tiles(&job, threads);
 }
-
-SB_API int sb_run_rows(const sb_product *product, const sb_rows *rows) {
-    sb_product p = *product;
-    p.x = rows->x;
-    p.residual = rows->residual;
-    p.y = rows->y;
-    p.preactivation = rows->preactivation;
-    p.tokens = rows->tokens;
-    p.x_stride = rows->x_stride;
-    p.residual_stride = rows->residual_stride;
-    p.y_stride = p.weight.out_features;
-    p.threads = rows->threads;
-    return sb_run_product(&p);
-}

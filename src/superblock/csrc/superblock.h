@@ -52,12 +52,13 @@ typedef struct {
     int32_t residual_first; /* y = act(z + residual), as residual networks have it, not act(z) + residual */
 } sb_product;
 
-/* What changes from call to call of one product, with the meaning it has there; y is dense. */
+/* What changes from call to call, with the meaning it has in a product; y is dense. Of two products in turn x and the
+ * preactivations are the first's, the residual and y the second's. What is prepared may serve many threads at once. */
 typedef struct {
     const void *x, *residual;
     void *y, *preactivation;
     int64_t tokens, x_stride, residual_stride;
-    int32_t threads;
+    int32_t threads, sequences; /* the latter of self-attention */
 } sb_rows;
 
 /* Two products whose hidden activations stay in the core's cache. */
@@ -110,15 +111,16 @@ typedef struct {
 } sb_self_attention;
 
 SB_API int sb_run_product(const sb_product *product);
-/* `product`, which may serve many threads at once, of these rows. */
 SB_API int sb_run_rows(const sb_product *product, const sb_rows *rows);
 SB_API int sb_run_feed_forward(const sb_feed_forward *ff);
+SB_API int sb_run_feed_forward_rows(const sb_feed_forward *ff, const sb_rows *rows);
 SB_API int sb_run_sampled(const sb_sampled *sampled);
 SB_API int sb_run_activation_gradient(const sb_gradient *gradient);
 SB_API int sb_run_attention(const sb_attention *attention);
 /* SB_UNSUPPORTED unless blocks of the projection and heads cover each other whole; and where the three steps take less
  * time: of long sequences, and where neither sequences nor heads can be shared out to the threads. */
 SB_API int sb_run_self_attention(const sb_self_attention *attention);
+SB_API int sb_run_self_attention_rows(const sb_self_attention *attention, const sb_rows *rows);
 /* Weights larger than the caches are read page by page: moved to pages of 2 MB, they wait for fewer translations (one token,
  * 4096 -> 4096, 90 %: 225 -> 200 us in float32, 135 -> 121 in bfloat16). What lies in memory stays as it is. */
 SB_API void sb_move_to_huge_pages(const void *memory, int64_t bytes);

@@ -72,7 +72,13 @@ def norm_of(norm: Norm, features: int, dtype: torch.dtype) -> ctypes.Structure:
     return made
 
 
+class UnsupportedError(BackendError):
+    """What the core leaves to the steps that it would stand for."""
+
+
 def check(status: int) -> None:
     """Raise :class:`BackendError` unless the core succeeded."""
+    if status == native.UNSUPPORTED:
+        raise UnsupportedError("the native CPU core leaves this to its steps")
     if status:
         raise BackendError("the native CPU core ran out of memory for its packed activations")

@@ -14,11 +14,20 @@ from torch import Tensor, get_num_threads
 
 from superblock.errors import MatrixError
 from superblock.ops import native
-from superblock.ops.arguments import Norm, check, indices_for, norm_of, residual_rows, rows_of, weight_of
+from superblock.ops.arguments import (
+    Norm,
+    UnsupportedError,
+    check,
+    indices_for,
+    norm_of,
+    residual_rows,
+    rows_of,
+    weight_of,
+)
 from superblock.ops.convolution import KernelShape, channels_last, output_size, row_length
 from superblock.ops.native import pack_rows
 from superblock.ops.native import unsupported as unsupported
-from superblock.ops.prepared import Prepared, prepare, product_of
+from superblock.ops.prepared import Chain, Prepared, chain, prepare, product_of
 
 Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]
 
@@ -40,9 +49,13 @@ def linear(
 
 
 def multiply(
-    x: Tensor, prepared: Prepared, residual: Tensor | None = None, preactivation: Tensor | None = None
+    x: Tensor,
+    prepared: Prepared | Chain,
+    residual: Tensor | None = None,
+    preactivation: Tensor | None = None,
+    sequences: int = 0,
 ) -> Tensor:
-    """A prepared product of ``x``; its preactivations too, where there is a dense tensor for them."""
+    """What was prepared, of the rows of ``x``; its preactivations too, where there is a dense tensor for them."""
     *leading, features = x.shape
     if features == prepared.in_features and x.dtype == prepared.dtype and x.is_contiguous() and x.is_cpu:
         rows, stride = x, features
@@ -56,7 +69,7 @@ def multiply(
     z = 0 if preactivation is None else preactivation.data_ptr()
     y = x.new_empty(*leading, prepared.out_features)  # Sizes in a tuple take torch 0.4 µs longer.
     status = prepared.run(
-        pack_rows(rows.data_ptr(), added, y.data_ptr(), z, tokens, stride, added_stride, get_num_threads())
+        pack_rows(rows.data_ptr(), added, y.data_ptr(), z, tokens, stride, added_stride, get_num_threads(), sequences)
     )
     if status:
         check(status)
@@ -180,32 +193,26 @@ def feed_forward(
 
     A weight is ``(values, crow_indices, col_indices, bias, out_features, in_features)``.
     """
-    dtype = _dtype_of_chain(first, second)
-    rows = rows_of(x, first[5], dtype)
-    if _splits(rows):
+    _check_chain(first, second)
+    if _splits(x):
         weight = (*first[:4], None, *first[4:], activation)
         inside = linear(x, *weight) if norm is None else linear_normalized(x, norm, *weight)
         return linear(inside, *second[:4], residual, *second[4:], "none")
-    inner = product_of(prepare(*first[:4], first[4:], activation), len(rows), None)
-    inner.norm = norms = native.Norm() if norm is None else norm_of(norm, first[5], dtype)
-    y = _run_chain(rows, inner, prepare(*second[:4], second[4:], "none"), residual)
-    del norms  # What it points to has been read.
-    return y.view(*x.shape[:-1], second[4])
+    into, out = prepare(*first[:4], first[4:], activation), prepare(*second[:4], second[4:], "none")
+    return multiply(x, chain(into, out, norm), residual)
 
 
 def feed_forward_with_preactivation(
     x: Tensor, first: Weight, activation: str, second: Weight, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`feed_forward` and ``z = x W₁ᵀ + b₁``, which is all of the hidden size that passes through memory."""
-    rows = rows_of(x, first[5], _dtype_of_chain(first, second))
-    if _splits(rows):
+    _check_chain(first, second)
+    if _splits(x):
         hidden, z = linear_with_preactivation(x, *first, activation)
         return linear(hidden, *second[:4], residual, *second[4:], "none"), z
-    inner = product_of(prepare(*first[:4], first[4:], activation), len(rows), None)
+    into, out = prepare(*first[:4], first[4:], activation), prepare(*second[:4], second[4:], "none")
     z = x.new_empty(*x.shape[:-1], first[4])
-    inner.preactivation, inner.y_stride = z.data_ptr(), first[4]
-    y = _run_chain(rows, inner, prepare(*second[:4], second[4:], "none"), residual)
-    return y.view(*x.shape[:-1], second[4]), z
+    return multiply(x, chain(into, out, None), residual, z), z
 
 
 def feed_forward_gradient(
@@ -215,7 +222,8 @@ def feed_forward_gradient(
 
     ``dy W₂`` never passes through memory. The result is the same on any number of threads.
     """
-    rows = rows_of(grad, second[4], _dtype_of_chain(first, second))
+    _check_chain(first, second)
+    rows = rows_of(grad, second[4], first[0].dtype)
     if z.shape != (*grad.shape[:-1], first[4]):
         raise MatrixError(f"z must be {(*grad.shape[:-1], first[4])}, got {tuple(z.shape)}")
     if _splits(rows):
@@ -227,37 +235,28 @@ def feed_forward_gradient(
     dz, dbias = torch.empty_like(z), z.new_empty(first[4])
     inner.activation = native.ACTIVATIONS[activation]
     inner.preactivation, inner.y_stride = dz.data_ptr(), first[4]
-    further = prepare(*first[:3], None, first[4:], "none").transposed
-    dx = _run_chain(rows, inner, further, None, z.data_ptr(), dbias.data_ptr())
-    return dx.view(*grad.shape[:-1], first[5]), dz, dbias
+    inner.x, inner.x_stride = rows.data_ptr(), rows.stride(0)
+    outer = product_of(prepare(*first[:3], None, first[4:], "none").transposed, len(rows), None)
+    dx = grad.new_empty(*grad.shape[:-1], first[5])
+    outer.y, outer.y_stride = dx.data_ptr(), first[5]
+    whole = native.FeedForward(inner, outer, z.data_ptr(), dbias.data_ptr())
+    check(native.library().sb_run_feed_forward(ctypes.byref(whole)))
+    return dx, dz, dbias
 
 
-def _dtype_of_chain(first: Weight, second: Weight) -> torch.dtype:
-    """That of both weights, of which the second must take what the first gives."""
+def _check_chain(first: Weight, second: Weight) -> None:
+    """The second weight must take what the first gives."""
     hidden, second_in = first[4], second[5]
     if hidden != second_in or first[0].dtype != second[0].dtype:
         raise MatrixError(
             f"the second weight must take the first's {hidden} outputs in {first[0].dtype}, "
             f"got {second_in} in {second[0].dtype}"
         )
-    return first[0].dtype
 
 
-def _splits(rows: Tensor) -> bool:
+def _splits(x: Tensor) -> bool:
     """Whether two products take less time than both as one."""
-    return len(rows) < FUSED_TOKENS * get_num_threads()
-
-
-def _run_chain(
-    rows: Tensor, inner: ctypes.Structure, outer: Prepared, residual: Tensor | None, z: int = 0, dbias: int = 0
-) -> Tensor:
-    """The second of two products, ``[tokens, out]``; what is asked of the first one's is for its structure to say."""
-    product = product_of(outer, len(rows), residual)
-    y = rows.new_empty(len(rows), outer.out_features)
-    inner.x, inner.x_stride = rows.data_ptr(), rows.stride(0)
-    product.y, product.y_stride = y.data_ptr(), outer.out_features
-    check(native.library().sb_run_feed_forward(ctypes.byref(native.FeedForward(inner, product, z, dbias))))
-    return y
+    return math.prod(x.shape[:-1]) < FUSED_TOKENS * get_num_threads()
 
 
 def self_attention(x: Tensor, norm: Norm | None, first: Weight, second: Weight, num_heads: int) -> Tensor | None:
@@ -266,25 +265,14 @@ def self_attention(x: Tensor, norm: Norm | None, first: Weight, second: Weight, 
     ``None`` where that would take longer than the three steps: of long sequences, or too few heads for the threads; and
     where heads and blocks do not cover each other.
     """
-    sequences, _, features = x.shape
-    inner, threads = second[5], get_num_threads()
+    sequences, inner = x.shape[0], second[5]
     if not x.numel() or inner // num_heads % native.MULTIPLE:
         return None
-    dtype = first[0].dtype
-    rows = rows_of(x, features, dtype)
-    projection = product_of(prepare(*first[:4], first[4:], "none"), len(rows), None)
-    output = product_of(prepare(*second[:4], second[4:], "none"), len(rows), rows)
-    norms = native.Norm() if norm is None else norm_of(norm, features, dtype)
-    y = x.new_empty(*x.shape)
-    projection.norm, projection.x, projection.x_stride = norms, rows.data_ptr(), rows.stride(0)
-    output.y, output.y_stride = y.data_ptr(), features
-    scale = (inner // num_heads) ** -0.5
-    arguments = native.SelfAttention(projection, output, sequences, num_heads, inner // num_heads, scale, threads)
-    status = native.library().sb_run_self_attention(ctypes.byref(arguments))
-    if status == native.UNSUPPORTED:
+    into, out = prepare(*first[:4], first[4:], "none"), prepare(*second[:4], second[4:], "none")
+    try:
+        return multiply(x, chain(into, out, norm, num_heads), x, sequences=sequences)
+    except UnsupportedError:
         return None
-    check(status)
-    return y
 
 
 def conv2d(

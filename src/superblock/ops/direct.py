@@ -1,4 +1,4 @@
-"""The shortest way to the native core: an eager product in inference that nothing else has to see.
+"""The shortest way to the native core: eager products in inference that nothing else has to see.
 
 torch's dispatcher and the checks before it take longer than a small layer's product. They matter to gradients,
 autocast, traces, modes and transforms; where there is none of those, the core is called without them.
@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from superblock.errors import BackendError
-from superblock.ops.cpu import multiply
+from superblock.ops import cpu
+from superblock.ops.arguments import Norm
 from superblock.ops.native import ACTIVATIONS
 from superblock.ops.prepared import prepare
 
@@ -40,7 +41,43 @@ def product(
     Raises:
         MatrixError: shapes, dtypes or devices do not fit.
     """
-    if (
+    if activation not in ACTIVATIONS or not _is_seen_by_nobody(x):
+        return None
+    try:
+        prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
+    except BackendError:  # Another backend takes it, or the long way says what is wrong.
+        return None
+    return cpu.multiply(x, prepared)
+
+
+def feed_forward(
+    x: Tensor, first: cpu.Weight, activation: str, second: cpu.Weight, residual: Tensor | None, norm: Norm | None
+) -> Tensor | None:
+    """:func:`superblock.ops.cpu.feed_forward`, or ``None``, as above."""
+    if activation not in ACTIVATIONS or not _is_seen_by_nobody(x):
+        return None
+    if residual is not None and (type(residual) is not Tensor or residual.is_neg()):
+        return None
+    try:
+        return cpu.feed_forward(x, first, activation, second, residual, norm)
+    except BackendError:
+        return None
+
+
+def self_attention(
+    x: Tensor, norm: Norm | None, first: cpu.Weight, second: cpu.Weight, num_heads: int
+) -> Tensor | None:
+    """:func:`superblock.ops.cpu.self_attention`, or ``None``, as above."""
+    if not _is_seen_by_nobody(x):
+        return None
+    try:
+        return cpu.self_attention(x, norm, first, second, num_heads)
+    except BackendError:
+        return None
+
+
+def _is_seen_by_nobody(x: Tensor) -> bool:
+    return not (
         is_dynamo_compiling()
         or is_grad_enabled()
         or _is_any_autocast_enabled()
@@ -54,11 +91,4 @@ def product(
         or not x.is_cpu
         or x.is_neg()
         or not x.dim()
-        or activation not in ACTIVATIONS
-    ):
-        return None
-    try:
-        prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
-    except BackendError:  # Another backend takes it, or the long way says what is wrong.
-        return None
-    return multiply(x, prepared)
+    )

@@ -53,7 +53,7 @@ Product = _structure(
     ("dtype activation threads residual_first", "int32"),
 )
 # ``sb_rows``, as bytes: filled in at once, where a structure takes as long for every field.
-pack_rows = struct.Struct("4P3qi4x").pack
+pack_rows = struct.Struct("4P3q2i").pack
 FeedForward = _structure("FeedForward", ("first", Product), ("second", Product), ("z dbias", "pointer"))
 SelfAttention = _structure(
     "SelfAttention",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from superblock.errors import BackendError, MatrixError
 from superblock.ops import native
-from superblock.ops.arguments import dense_blocks, indices_for, residual_rows, weight_of
+from superblock.ops.arguments import Norm, dense_blocks, indices_for, norm_of, residual_rows, weight_of
 from superblock.ops.indices import Indices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """A product that lacks only its rows: one structure for all calls, from any thread."""
 
@@ -28,6 +28,7 @@ class Prepared:
     in_features: int
     indices: Indices
     copies: tuple[Tensor, ...] = ()  # What the product points to that is not a tensor of the caller.
+    chains: dict[str, Chain] = field(default_factory=dict, init=False)  # Those that it begins, by kind.
 
     @cached_property
     def transposed(self) -> Prepared:
@@ -45,6 +46,17 @@ class Prepared:
             out_features=self.in_features,
             in_features=self.out_features,
         )
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Two products in turn, of which the first may normalize its rows, that lack only those."""
+
+    run: Callable[[bytes], int]
+    dtype: torch.dtype
+    out_features: int  # Of the second.
+    in_features: int  # Of the first.
+    made_of: tuple[object, ...]  # The second, the norm and the heads: what was true when the structure was filled in.
 
 
 # By id of the values, for as long as they live, and by what a training step multiplies with and without: what was true
@@ -110,6 +122,41 @@ def _build(
 
 def _runner(product: ctypes.Structure) -> Callable[[bytes], int]:
     return partial(native.library().sb_run_rows, ctypes.byref(product))
+
+
+def chain(first: Prepared, second: Prepared, norm: Norm | None, heads: int = 0) -> Chain:
+    """A feed-forward or, of so many heads, self-attention: put together again when anything changed.
+
+    Raises:
+        MatrixError: the norm's parameters do not fit.
+    """
+    made_of = second, None if norm is None else (_state_of(norm[0]), _state_of(norm[1]), norm[2]), heads
+    kind = "self_attention" if heads else "feed_forward"
+    found = first.chains.get(kind)
+    if found is not None and found.made_of == made_of:
+        return found
+    inner, outer = (native.Product.from_buffer_copy(part.product) for part in (first, second))
+    copies: tuple[Tensor, ...] = ()
+    if norm is not None:
+        inner.norm = norms = norm_of(norm, first.in_features, first.dtype)
+        copies = tuple(kept for kept, given in zip(norms.alive, norm[:2], strict=True) if kept is not given)
+    if heads:
+        features = second.in_features // heads
+        whole = native.SelfAttention(inner, outer, 0, heads, features, features**-0.5)
+    else:
+        whole = native.FeedForward(inner, outer)
+    whole.alive = copies
+    run = partial(getattr(native.library(), f"sb_run_{kind}_rows"), ctypes.byref(whole))
+    made = Chain(run, first.dtype, second.out_features, first.in_features, made_of)
+    if not copies and not second.copies:
+        first.chains[kind] = made
+    return made
+
+
+def _state_of(tensor: Tensor | None) -> tuple[object, ...] | None:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous(), tensor.is_neg(), tensor.is_cpu
 
 
 def product_of(prepared: Prepared, tokens: int, residual: Tensor | None) -> ctypes.Structure:
