@@ -135,7 +135,8 @@ class BSRLinear(BSRWeight):
         return _WeightRead(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, *self.tensors, (self.out_features, self.in_features), self.activation)
+        values, crow, col, bias = self.tensors  # Unpacked again by a star it would take longer.
+        return product(x, values, crow, col, bias, (self.out_features, self.in_features), self.activation)
 
     def extra_repr(self) -> str:
         fused = "" if self.activation == "none" else f", activation={self.activation}"
