@@ -178,7 +178,7 @@ def test_what_is_prepared_serves_any_input_from_any_thread(block: Block) -> None
 def block_of(block: Block) -> prepared.Chain:
     values, crow, col, bias = block.first.tensors
     shape = block.first.out_features, block.first.in_features
-    return prepared.prepare(values, crow, col, bias, shape, block.first.activation).chains[block.name]
+    return prepared.prepare(values, crow, col, bias, shape, block.first.activation).made[block.name]
 
 
 @torch.no_grad()

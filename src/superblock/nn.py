@@ -199,10 +199,7 @@ class BSRConv2d(BSRWeight):
             images, padding = F.pad(images, sides, mode=mode), (0, 0)
         y = bsr_conv2d(
             images,
-            self.values,
-            self.crow_indices,
-            self.col_indices,
-            self.bias,
+            *self.tensors,
             residual,
             self.kernel_shape,
             self.stride,

@@ -44,17 +44,20 @@ class ResidualConvolutions(nn.Module):
     """``act(convolutions(x) + shortcut(x))``: torchvision's and timm's ``BasicBlock`` and ``Bottleneck``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)  # type: ignore[operator]
-        last = 3 if hasattr(self, "conv3") else 2
-        for stage in range(1, last):
+        parts: dict[str, Any] = self._modules
+        shortcut = parts.get("downsample")
+        residual = x if shortcut is None else shortcut(x)
+        last = "3" if "conv3" in parts else "2"
+        for stage in ("1", "2") if last == "3" else ("1",):
             x = self._stage(stage, x)
         for name in _IDENTITIES:
-            x = getattr(self, name)(x) if hasattr(self, name) else x
-        return self._stage(last, x, shortcut)
+            x = parts[name](x) if name in parts else x
+        return self._stage(last, x, residual)
 
-    def _stage(self, number: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        conv, norm = getattr(self, f"conv{number}"), getattr(self, f"bn{number}")
-        act = getattr(self, "relu" if hasattr(self, "relu") else f"act{number}")
+    def _stage(self, number: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        parts: dict[str, Any] = self._modules
+        conv, norm = parts["conv" + number], parts["bn" + number]
+        act = parts["relu"] if "relu" in parts else parts["act" + number]
         name = activation_name(act)
         if type(conv) is BSRConv2d and type(norm) is FoldedBatchNorm and name and not watched(conv, norm):
             return conv.convolve(x, name, residual)

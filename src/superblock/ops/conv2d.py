@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from superblock.errors import ConfigError, MatrixError
-from superblock.ops import library, reference
+from superblock.ops import direct, library, reference
 from superblock.ops.backends import select
 from superblock.ops.convolution import KernelShape, channels_last, dense_kernel, output_size, row_length
 
@@ -50,6 +50,10 @@ def bsr_conv2d(
         MatrixError: shapes, dtypes or devices do not fit.
         ConfigError: an unknown activation.
     """
+    geometry = (kernel_shape, stride, padding, dilation, groups)
+    directly = direct.conv2d(x, (values, crow_indices, col_indices, bias), residual, geometry, activation)
+    if directly is not None:
+        return directly
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -64,7 +68,6 @@ def bsr_conv2d(
         weight = (values, crow_indices, col_indices, bias, (out, channels))
         return _pointwise(x, weight, residual, stride, padding, activation)
     tensors = (x, values, crow_indices, col_indices, bias, residual)
-    geometry = (kernel_shape, stride, padding, dilation, groups)
     if graded and activation != "none":  # So that the backward finds what was activated, instead of computing it again.
         return reference.activate(torch.ops.superblock.bsr_conv2d(*tensors, *geometry, "none"), activation)
     y: Tensor = torch.ops.superblock.bsr_conv2d(*tensors, *geometry, activation)

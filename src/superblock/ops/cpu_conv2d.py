@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, get_num_threads
 
 from superblock.errors import MatrixError
 from superblock.ops import native
-from superblock.ops.arguments import check
-from superblock.ops.convolution import KernelShape, channels_last, output_size, row_length
-from superblock.ops.prepared import prepare, product_of
+from superblock.ops.arguments import check, residual_rows
+from superblock.ops.convolution import KernelShape, output_size, row_length
+from superblock.ops.native import pack_rows
+from superblock.ops.prepared import Prepared, prepare
+
+Pair = tuple[int, int]
+Geometry = tuple[KernelShape, Pair, Pair, Pair, int]  # Kernel, stride, padding, dilation, groups.
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """A convolution of images of one shape and layout that lacks only those."""
+
+    run: Callable[[bytes], int]
+    product: ctypes.Structure
+    size: tuple[int, int, int, int]  # Of the result, channels last.
+    made_of: tuple[object, ...]
 
 
 def conv2d(
@@ -22,9 +40,9 @@ def conv2d(
     bias: Tensor | None,
     residual: Tensor | None,
     kernel_shape: KernelShape,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
     groups: int = 1,
     activation: str = "none",
 ) -> Tensor:
@@ -32,46 +50,84 @@ def conv2d(
 
     The arguments are those of :func:`superblock.ops.conv2d.bsr_conv2d`.
     """
+    shape = kernel_shape[0], row_length(kernel_shape, values.shape[2])
+    prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
+    if x.dim() == 4 and x.stride(1) != 1:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    made_of = x.shape, x.stride(), x.dtype, x.device, kernel_shape, stride, padding, dilation, groups
+    windows: Windows | None = prepared.made.get("conv2d")
+    if windows is None or windows.made_of != made_of:
+        windows = _windows_of(prepared, made_of, *made_of)
+        prepared.made["conv2d"] = windows
+    y = x.new_empty(*windows.size).permute(0, 3, 1, 2)
+    return _run(x, y, residual, prepared, windows, groups)
+
+
+def _windows_of(
+    prepared: Prepared,
+    made_of: tuple[object, ...],
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel_shape: KernelShape,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Windows:
+    """
+    Raises:
+        MatrixError: the images do not fit the kernel.
+    """
     out_channels, channels, *kernel = kernel_shape
-    if x.dim() != 4 or x.shape[1] != channels * groups:
-        raise MatrixError(f"x must be [n, {channels * groups}, h, w], got {tuple(x.shape)}")
-    if x.dtype != values.dtype or x.device.type != "cpu":
-        raise MatrixError(f"x must be of {values.dtype} on cpu, got {x.dtype} on {x.device}")
-    if groups > 1 and (out_channels // groups) % values.shape[1]:
-        raise MatrixError(
-            f"{out_channels} output channels in {groups} groups must divide into blocks of {values.shape[1]}"
-        )
-    images = x.movedim(1, -1)
-    images = images if images.stride(-1) == 1 else images.contiguous()
-    count, *size, _ = images.shape
+    block = prepared.product.weight.block_out
+    if len(shape) != 4 or shape[1] != channels * groups:
+        raise MatrixError(f"x must be [n, {channels * groups}, h, w], got {tuple(shape)}")
+    if dtype != prepared.dtype or device.type != "cpu":
+        raise MatrixError(f"x must be of {prepared.dtype} on cpu, got {dtype} on {device}")
+    if groups > 1 and (out_channels // groups) % block:
+        raise MatrixError(f"{out_channels} output channels in {groups} groups must divide into blocks of {block}")
+    count, _, *size = shape
     out_size = output_size(size, kernel, stride, padding, dilation)
     if min(out_size) < 1:
         raise MatrixError(f"the window of {kernel[0]} × {kernel[1]} does not fit into images of {size[0]} × {size[1]}")
-    y = channels_last(count, out_size, out_channels, x)
-    if residual is not None:
-        residual = residual.movedim(1, -1)
-    in_features = row_length(kernel_shape, values.shape[2])
-    prepared = prepare(values, crow_indices, col_indices, bias, (out_channels, in_features), activation)
-    product = product_of(prepared, count * math.prod(out_size), residual)
-    product.residual_first = True
+    by_image, _, by_row, by_pixel = strides
+    product = native.Product.from_buffer_copy(prepared.product)
+    product.tokens = count * math.prod(out_size)
+    product.y_stride, product.residual_first = out_channels, True
     product.window = native.Window(
-        *kernel, *stride, *padding, *dilation, *size, *out_size, *images.stride()[:3], channels
+        *kernel, *stride, *padding, *dilation, *size, *out_size, by_image, by_row, by_pixel, channels
     )
-    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0) and _is_rows(images):
+    rows = by_row == size[1] * by_pixel and by_image == size[0] * by_row  # All pixels lie at one distance.
+    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0) and rows:
         product.window.kernel_h = 0  # Every pixel in turn: the plain product of its channels.
-        product.x_stride = images.stride(2)
-    product.x, product.y, product.y_stride = images.data_ptr(), y.data_ptr(), out_channels
+        product.x_stride = by_pixel
+    run = partial(native.library().sb_run_rows, ctypes.byref(product))
+    return Windows(run, product, (count, *out_size, out_channels), made_of)
+
+
+def _run(x: Tensor, y: Tensor, residual: Tensor | None, prepared: Prepared, windows: Windows, groups: int) -> Tensor:
+    whole, out_channels = windows.product, windows.size[-1]
+    added, added_stride = 0, out_channels
+    if residual is not None:
+        if residual.shape != y.shape:
+            raise MatrixError(f"residual must be {tuple(y.shape)}, as the result is, got {tuple(residual.shape)}")
+        if residual.stride() != y.stride() or residual.dtype != y.dtype or not residual.is_cpu:
+            residual = residual_rows(residual.movedim(1, -1), whole.tokens, out_channels, prepared.dtype)
+            added_stride = residual.stride(0)
+        added = residual.data_ptr()
+    if groups == 1:
+        at = x.data_ptr(), added, y.data_ptr(), 0
+        check(windows.run(pack_rows(*at, whole.tokens, whole.x_stride, added_stride, get_num_threads(), 0)))
+        return y
+    whole = native.Product.from_buffer_copy(whole)
+    whole.x, whole.y, whole.residual, whole.residual_stride = x.data_ptr(), y.data_ptr(), added, added_stride
+    whole.threads = get_num_threads()
     for group in range(groups):
-        part = _group(product, group, groups, y.element_size()) if groups > 1 else product
+        part = _group(whole, group, groups, y.element_size())
         check(native.library().sb_run_product(ctypes.byref(part)))
     return y
-
-
-def _is_rows(images: Tensor) -> bool:
-    """Whether the pixels of ``[n, h, w, c]`` lie at one distance."""
-    _, height, width, _ = images.shape
-    by_image, by_row, by_pixel, _ = images.stride()
-    return by_row == width * by_pixel and by_image == height * by_row
 
 
 def _group(whole: ctypes.Structure, group: int, groups: int, size: int) -> ctypes.Structure:

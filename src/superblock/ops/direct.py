@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from superblock.errors import BackendError
-from superblock.ops import cpu
+from superblock.ops import cpu, cpu_conv2d
 from superblock.ops.arguments import Norm
 from superblock.ops.native import ACTIVATIONS
 from superblock.ops.prepared import prepare
@@ -54,9 +54,7 @@ def feed_forward(
     x: Tensor, first: cpu.Weight, activation: str, second: cpu.Weight, residual: Tensor | None, norm: Norm | None
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu.feed_forward`, or ``None``, as above."""
-    if activation not in ACTIVATIONS or not _is_seen_by_nobody(x):
-        return None
-    if residual is not None and (type(residual) is not Tensor or residual.is_neg()):
+    if activation not in ACTIVATIONS or not _is_seen_by_nobody(x) or not _is_plain(residual):
         return None
     try:
         return cpu.feed_forward(x, first, activation, second, residual, norm)
@@ -74,6 +72,27 @@ def self_attention(
         return cpu.self_attention(x, norm, first, second, num_heads)
     except BackendError:
         return None
+
+
+def conv2d(
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    residual: Tensor | None,
+    geometry: cpu_conv2d.Geometry,
+    activation: str,
+) -> Tensor | None:
+    """:func:`superblock.ops.cpu_conv2d.conv2d`, or ``None``, as above."""
+    if activation not in ACTIVATIONS or not _is_seen_by_nobody(x) or not _is_plain(residual):
+        return None
+    values, crow, col, bias = weight
+    try:
+        return cpu_conv2d.conv2d(x, values, crow, col, bias, residual, *geometry, activation)
+    except BackendError:
+        return None
+
+
+def _is_plain(residual: Tensor | None) -> bool:
+    return residual is None or (type(residual) is Tensor and not residual.is_neg())
 
 
 def _is_seen_by_nobody(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Prepared:
     in_features: int
     indices: Indices
     copies: tuple[Tensor, ...] = ()  # What the product points to that is not a tensor of the caller.
-    chains: dict[str, Chain] = field(default_factory=dict, init=False)  # Those that it begins, by kind.
+    made: dict[str, Any] = field(default_factory=dict, init=False)  # What it is a part of, the last of every kind.
 
     @cached_property
     def transposed(self) -> Prepared:
@@ -132,7 +133,7 @@ def chain(first: Prepared, second: Prepared, norm: Norm | None, heads: int = 0) 
     """
     made_of = second, None if norm is None else (_state_of(norm[0]), _state_of(norm[1]), norm[2]), heads
     kind = "self_attention" if heads else "feed_forward"
-    found = first.chains.get(kind)
+    found: Chain | None = first.made.get(kind)
     if found is not None and found.made_of == made_of:
         return found
     inner, outer = (native.Product.from_buffer_copy(part.product) for part in (first, second))
@@ -149,7 +150,7 @@ def chain(first: Prepared, second: Prepared, norm: Norm | None, heads: int = 0) 
     run = partial(getattr(native.library(), f"sb_run_{kind}_rows"), ctypes.byref(whole))
     made = Chain(run, first.dtype, second.out_features, first.in_features, made_of)
     if not copies and not second.copies:
-        first.chains[kind] = made
+        first.made[kind] = made
     return made
 
 
