@@ -129,9 +129,14 @@ static void transpose_pairs(const uint16_t *in, int64_t out_stride, int64_t outp
 /* All panels of a pair of features before the next pair: values are read in the order in which they lie. */
 static void pair(const uint16_t *in, int64_t out_stride, int64_t in_stride, int64_t outputs, int64_t features,
                  int64_t panel, uint16_t *out, int64_t panel_stride) {
+    enum { LINE = 32, PAGE_AHEAD = 2048 }; /* elements: the hardware's own fetches end at pages */
     if (out_stride == 1) {
         for (int64_t k = 0; k < features; k += 2, in += 2 * in_stride, out += 2 * panel) {
             uint16_t *to = out;
+            for (const uint16_t *line = in + PAGE_AHEAD; line < in + PAGE_AHEAD + outputs; line += LINE) {
+                __builtin_prefetch(line);
+                __builtin_prefetch(line + in_stride);
+            }
             for (const uint16_t *even = in; even < in + outputs; even += panel, to += panel_stride)
                 for (int64_t n = 0; n < panel; n += SIDE)
                     interleave(even + n, even + in_stride + n, panel < SIDE ? panel : SIDE, to + 2 * n);
