@@ -122,6 +122,11 @@ def test_what_is_negated_only_when_it_is_read_is_read_so(layer: BSRLinear) -> No
     layer.values.data = torch._neg_view(-layer.values.data)
     layer.bias.data = torch._neg_view(-layer.bias.data)
     torch.testing.assert_close(layer(x), want)
+    layer.values.data = torch._neg_view(layer.values.data.resolve_neg())
+    layer(x)
+    before = layer.values.data
+    layer.values.data = torch._neg_view(before)  # The same address, the other sign.
+    torch.testing.assert_close(layer(x), expected(layer, x))
 
 
 @torch.no_grad()
@@ -208,6 +213,11 @@ def test_values_move_to_huge_pages_once_and_stay_as_they_are(layer: BSRLinear, m
     layer.values.mul_(2)
     torch.testing.assert_close(layer(x), expected(layer, x))
     assert moved == [(layer.values.data_ptr(), layer.values.nbytes)]
+    with torch.autocast("cpu", torch.bfloat16):  # Of values that last for one call.
+        layer(x)
+    monkeypatch.setattr(native, "PROCESS", -1)  # In a child, whose pages are its parent's too.
+    copy.deepcopy(layer)(x)
+    assert len(moved) == 1
 
 
 def test_memory_of_any_size_and_place_may_move_to_huge_pages() -> None:

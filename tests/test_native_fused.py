@@ -96,6 +96,16 @@ def test_a_kernel_survives_its_matrix() -> None:
     )
 
 
+def test_lists_that_change_are_read_again() -> None:
+    kernel = torch.randn(16, 8, 3, 3)
+    matrix, x = matrix_of(kernel, 8), torch.randn(1, 8, 9, 9)
+    stride = [1, 1]
+    for step in (1, 2):
+        stride[0] = step
+        y = cpu.conv2d(x, matrix.values, matrix.crow_indices, matrix.col_indices, None, None, (16, 8, 3, 3), stride)
+        assert_near(y, F.conv2d(x.double(), kernel.double(), stride=stride))
+
+
 def test_what_does_not_convolve_is_refused() -> None:
     matrix = matrix_of(torch.ones(16, 8, 3, 3), 8)
     arguments = (matrix.values, matrix.crow_indices, matrix.col_indices, None)

@@ -120,6 +120,22 @@ def test_only_plain_norms_of_the_same_dtype_run_in_the_product() -> None:
     assert norm_of(nn.LayerNorm(16), x, layer) is None  # Gradients.
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_replaced_by_a_plain_tensor_is_still_read(name: str) -> None:
+    values, crow, col = random_weight(16, 16, (16, 16), density=1.0)
+    layer, norm = BSRLinear(sb.BSRMatrix(crow, col, values, (16, 16))), nn.LayerNorm(16)
+    plain = torch.randn(16)
+    delattr(norm, name)
+    setattr(norm, name, plain)
+    with torch.no_grad():
+        inside = norm_of(norm, torch.randn(3, 16), layer)
+    assert inside is not None
+    assert any(tensor is plain for tensor in inside[:2])
+    plain.requires_grad_()
+    layer.requires_grad_(False)
+    assert norm_of(norm.requires_grad_(False), torch.randn(3, 16), layer) is None
+
+
 def test_the_op_is_well_formed() -> None:
     values, crow, col = random_weight(32, 16, (8, 8))
     arguments = (torch.randn(3, 16), torch.ones(16), None, EPSILON, values, crow, col, None, None, 32, 16, "relu")

@@ -139,6 +139,19 @@ def test_training_drops_out() -> None:
 
 
 @needs_core
+def test_an_attention_that_trains_alone_drops_out() -> None:
+    _, model = converted(lambda: nn.TransformerEncoderLayer(16, 2, 32, dropout=0.5, batch_first=True))
+    model.eval()
+    attention = model[0].self_attn.train()
+    with torch.no_grad():
+        for drops in (True, False):
+            attention.dropout *= drops
+            torch.manual_seed(1)
+            dropped = model(TOKENS)
+            torch.manual_seed(2)
+            assert torch.equal(model(TOKENS), dropped) is not drops
+
+
 def test_masks_reach_the_attention() -> None:
     later = torch.ones(70, 70, dtype=torch.bool).triu(1)
     padding = torch.zeros(2, 70, dtype=torch.bool)

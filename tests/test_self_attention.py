@@ -8,6 +8,7 @@ from native_cases import DTYPES, assert_near, isa, needs_core, random_weight
 from torch import Tensor, nn
 
 from superblock import BSRMatrix
+from superblock.errors import MatrixError
 from superblock.nn import BSRLinear
 from superblock.ops import cpu, reference
 from superblock.ops.attention import attention
@@ -98,6 +99,13 @@ def test_what_would_not_pay_or_fit_is_left_to_the_steps() -> None:
                 )
     finally:
         torch.set_num_threads(threads)
+
+
+def test_weights_of_two_dtypes_are_refused() -> None:
+    first, second = weights(32, 16, torch.float32)
+    second = (second[0].bfloat16(), *second[1:3], second[3].bfloat16(), *second[4:])
+    with pytest.raises(MatrixError, match=r"one dtype, got torch\.float32 and torch\.bfloat16"):
+        cpu.self_attention(torch.randn(2, 40, 32), None, first, second, 2)
 
 
 def test_the_op_is_well_formed() -> None:

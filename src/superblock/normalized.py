@@ -20,8 +20,11 @@ def norm_of(norm: nn.Module, x: Tensor, layer: object) -> Norm | None:
     if not plain or type(layer) is not BSRLinear or watched(norm, layer):
         return None
     assert isinstance(norm, nn.LayerNorm)
-    parameters: dict[str, Any] = norm._parameters  # Past nn.Module.__getattr__, as everywhere between products.
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    parameters: dict[str, Any] = norm._parameters
+    try:  # Past nn.Module.__getattr__, as everywhere between products.
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:  # Replaced by plain tensors.
+        weight, bias = norm.weight, norm.bias
     values, _, _, layer_bias = layer.tensors
     fits = tuple(norm.normalized_shape) == x.shape[-1:] and fusible(x, weight, bias, values, layer_bias)
     return (weight, bias, norm.eps) if fits else None

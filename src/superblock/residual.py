@@ -180,8 +180,8 @@ def _adds(module: object) -> bool:
     """Whether an attention can add in its out-projection's epilogue, seen by nobody."""
     if type(module) is not BSRMultiheadAttention:
         return False
-    projection = module.out_proj
-    return type(projection) is BSRLinear and not watched(module, projection)
+    projection, drops = module.out_proj, module.training and module.dropout > 0
+    return type(projection) is BSRLinear and not drops and not watched(module, projection)
 
 
 def _is_plain_attention(attn: nn.Module) -> bool:

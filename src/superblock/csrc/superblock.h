@@ -122,7 +122,7 @@ SB_API int sb_run_attention(const sb_attention *attention);
 SB_API int sb_run_self_attention(const sb_self_attention *attention);
 SB_API int sb_run_self_attention_rows(const sb_self_attention *attention, const sb_rows *rows);
 /* Weights larger than the caches are read page by page: moved to pages of 2 MB, they wait for fewer translations (one token,
- * 4096 -> 4096, 90 %: 225 -> 200 us in float32, 135 -> 121 in bfloat16). What lies in memory stays as it is. */
+ * 4096 -> 4096, 90 %: 225 -> 200 us in float32, 135 -> 121 in bfloat16). Pages shared with another process are copied. */
 SB_API void sb_move_to_huge_pages(const void *memory, int64_t bytes);
 /* The instruction sets of this build, best first, as "avx512bf16 avx512 ..."; those the machine lacks are left out. */
 SB_API const char *sb_available(void);

@@ -196,12 +196,12 @@ def feed_forward(
     A weight is ``(values, crow_indices, col_indices, bias, out_features, in_features)``.
     """
     _check_chain(first, second)
-    if _splits(x):
-        weight = (*first[:4], None, *first[4:], activation)
-        inside = linear(x, *weight) if norm is None else linear_normalized(x, norm, *weight)
-        return linear(inside, *second[:4], residual, *second[4:], "none")
     into, out = prepare(*first[:4], first[4:], activation), prepare(*second[:4], second[4:], "none")
-    return multiply(x, chain(into, out, norm), residual)
+    if not _splits(x):
+        return multiply(x, chain(into, out, norm), residual)
+    weight = (*first[:4], None, *first[4:], activation)
+    hidden = multiply(x, into) if norm is None else linear_normalized(x, norm, *weight)
+    return multiply(hidden, out, residual)
 
 
 def feed_forward_with_preactivation(
@@ -209,11 +209,10 @@ def feed_forward_with_preactivation(
 ) -> tuple[Tensor, Tensor]:
     """:func:`feed_forward` and ``z = x W₁ᵀ + b₁``, which is all of the hidden size that passes through memory."""
     _check_chain(first, second)
-    if _splits(x):
-        hidden, z = linear_with_preactivation(x, *first, activation)
-        return linear(hidden, *second[:4], residual, *second[4:], "none"), z
     into, out = prepare(*first[:4], first[4:], activation), prepare(*second[:4], second[4:], "none")
     z = x.new_empty(*x.shape[:-1], first[4])
+    if _splits(x):
+        return multiply(multiply(x, into, preactivation=z), out, residual), z
     return multiply(x, chain(into, out, None), residual, z), z
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,13 +54,20 @@ def conv2d(
     prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
     if x.dim() == 4 and x.stride(1) != 1:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    made_of = x.shape, x.stride(), x.dtype, x.device, kernel_shape, stride, padding, dilation, groups
+    geometry = tuple(kernel_shape), _pair(stride), _pair(padding), _pair(dilation), groups
+    made_of = x.shape, x.stride(), x.dtype, x.device, *geometry
     windows: Windows | None = prepared.made.get("conv2d")
     if windows is None or windows.made_of != made_of:
         windows = _windows_of(prepared, made_of, *made_of)
         prepared.made["conv2d"] = windows
     y = x.new_empty(*windows.size).permute(0, 3, 1, 2)
     return _run(x, y, residual, prepared, windows, groups)
+
+
+def _pair(sizes: Sequence[int]) -> Pair:
+    """What nobody changes: the dispatcher hands lists on."""
+    height, width = sizes
+    return height, width
 
 
 def _windows_of(

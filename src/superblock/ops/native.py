@@ -20,6 +20,7 @@ MULTIPLE = 8  # Of block sides.
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 UNSUPPORTED = 2  # A status of the core's.
 ISA_VARIABLE = "SUPERBLOCK_CPU_ISA"
+PROCESS = os.getpid()  # Another one after a fork.
 MEND = "install a C compiler (gcc or clang) and reinstall superblock"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from superblock.errors import BackendError, MatrixError
 from superblock.ops import native
@@ -79,7 +81,7 @@ def prepare(
     """
     try:
         state = (
-            values.data_ptr(), values.shape, values.stride(), values.dtype,
+            values.data_ptr(), values.shape, values.stride(), values.dtype, values.is_neg(),
             crow.data_ptr(), crow._version, col.data_ptr(), col._version, shape,
             None if bias is None else (bias.data_ptr(), bias.shape, bias.is_contiguous(), bias.is_neg(), bias.dtype),
         )  # fmt: skip
@@ -91,7 +93,8 @@ def prepare(
         return found[3]
     prepared = _build(values, crow, col, bias, shape, activation)
     if not prepared.copies:
-        native.library().sb_move_to_huge_pages(values.data_ptr(), values.nbytes)  # If large, once.
+        if isinstance(values, Parameter) and os.getpid() == native.PROCESS:  # Kept, and shared with no parent.
+            native.library().sb_move_to_huge_pages(values.data_ptr(), values.nbytes)
         _memory[name] = state, crow, col, prepared, weakref.ref(values, lambda _: _memory.pop(name, None))
     return prepared
 
@@ -129,8 +132,10 @@ def chain(first: Prepared, second: Prepared, norm: Norm | None, heads: int = 0) 
     """A feed-forward or, of so many heads, self-attention: put together again when anything changed.
 
     Raises:
-        MatrixError: the norm's parameters do not fit.
+        MatrixError: the weights are of two dtypes, or the norm's parameters do not fit.
     """
+    if first.dtype != second.dtype:
+        raise MatrixError(f"both weights must be of one dtype, got {first.dtype} and {second.dtype}")
     made_of = second, None if norm is None else (_state_of(norm[0]), _state_of(norm[1]), norm[2]), heads
     kind = "self_attention" if heads else "feed_forward"
     found: Chain | None = first.made.get(kind)
