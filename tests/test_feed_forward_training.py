@@ -15,6 +15,7 @@ from superblock.errors import MatrixError
 from superblock.feed_forward import FeedForwardMlp, fuse_feed_forward
 from superblock.fuse import fuse_activations
 from superblock.ops import ACTIVATIONS, cpu, reference
+from superblock.residual import fuse_residuals
 
 ops = torch.ops.superblock
 on_every_set = pytest.mark.usefixtures("nan_filled", isa.__name__)
@@ -223,6 +224,24 @@ def test_an_mlp_of_timm_trains_as_one(nodes) -> None:
     for got, expected in zip(gradients(model, x), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert nodes
+
+
+@needs_core
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_an_encoder_layer_of_torch_trains_as_one_unless_it_drops_out(norm_first: bool, nodes) -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first)
+    model.linear1, model.linear2 = layer(32, 16), layer(16, 32)
+    x = torch.randn(2, 40, 16, requires_grad=True)
+    want = gradients(model, x)
+    fuse_activations(model)
+    fuse_residuals(model)
+    for got, expected in zip(gradients(model, x), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert nodes
+    nodes.clear()
+    model.dropout.p = 0.5
+    gradients(model, x)
+    assert not nodes
 
 
 @needs_core

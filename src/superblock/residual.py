@@ -123,10 +123,18 @@ class ResidualEncoderLayer(nn.TransformerEncoderLayer):
 
     def _add_feed_forward(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """``feed_forward(norm(x)) + x``."""
-        idle = isinstance(self.activation, nn.Identity) and passes(self.activation, self.dropout, self.dropout2)
-        if idle and chains(self.linear1, self.linear2):
+        if self._runs_as_one() and passes(self.dropout2):
             return feed_forward(x, self.linear1, self.linear2, x, norm)  # type: ignore[arg-type]
         return x + self._ff_block(x if norm is None else norm(x))
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        """torch's own, of one pass where nothing drops out between the layers: in training too."""
+        if self._runs_as_one():
+            return self.dropout2(feed_forward(x, self.linear1, self.linear2))  # type: ignore[arg-type]
+        return super()._ff_block(x)
+
+    def _runs_as_one(self) -> bool:
+        return passes(self.activation, self.dropout) and chains(self.linear1, self.linear2)
 
 
 def _attend(attention: BSRMultiheadAttention, norm: nn.Module | None, x: Tensor, **masks: Tensor | None) -> Tensor:
