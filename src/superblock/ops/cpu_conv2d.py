@@ -83,7 +83,8 @@ def _windows_of(
     dilation: Pair,
     groups: int,
 ) -> Windows:
-    """
+    """What every convolution of such images shares, in the order of ``made_of``.
+
     Raises:
         MatrixError: the images do not fit the kernel.
     """
