@@ -268,6 +268,5 @@ static double peak(int dtype, int64_t iterations) {
 #define SB_COMMON_KERNELS                                                                                          \
     .supported = supported, .longest_chunk = SB_LONGEST_CHUNK, .lanes = SB_LANES, .tile = tile,                    \
     .epilogue = epilogue, .pack = pack, .lay_out = lay_out, .narrow = narrow, .activate = activate_all,           \
-    .normalize = normalize,                                                                                        \
-    .attend = attend, .transpose = transpose, .outer = outer, .gradient = gradient,      \
+    .normalize = normalize, .attend = attend, .transpose = transpose, .outer = outer, .gradient = gradient,        \
     .slope = slope_all, .peak = peak

@@ -12,8 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Bytes of a token that a cell takes of an operand, and tokens of a tile: 0.5 MB of operands beside the sums. Longer
- * tiles load and store the sums less often, which pairs wait for longer than for their products. */
+/* Bytes of a token that a cell takes of an operand, and tokens of a tile: at most 0.8 MB of operands beside the sums, 1.6
+ * in pairs. Longer tiles load and store the sums less often, which pairs wait for longer than for their products. */
 enum { SIDE_BYTES = 6144, TOKENS = 64, PAIRED_TILE = 128, PAIRED_TOKENS = 32 };
 
 /* dy or x: a panel of it is the features of one block row or column. */
