@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from superblock.ops import native
 from superblock.ops.layout import feature_major
@@ -57,6 +58,18 @@ def random_weight(
         )
     values = values.to(dtype)
     return (feature_major(values) if packed else values), crow, col.int()
+
+
+class Seen(TorchDispatchMode):
+    """Notes the names of the ops that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def assert_near(got: Tensor, want: Tensor) -> None:

@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from native_cases import needs_core, random_weight
+from native_cases import Seen, needs_core, random_weight
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from superblock.bsr import BSRMatrix
 from superblock.errors import ConfigError, MatrixError
@@ -47,14 +46,13 @@ def test_inference_takes_it(layer: BSRLinear) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 def test_what_must_see_the_product_does(layer: BSRLinear) -> None:
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     class SeenFunction(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
+            self.names.append(str(function))
             return function(*args, **(kwargs or {}))
 
     class Own(torch.Tensor):
@@ -68,10 +66,9 @@ def test_what_must_see_the_product_does(layer: BSRLinear) -> None:
     assert not taken(layer, x)  # Gradients are on.
     with torch.no_grad():
         for mode in (Seen, SeenFunction):
-            names: list[str] = []
-            with mode():
+            with mode() as seen:
                 layer(x)
-            assert any("bsr_linear" in name for name in names)
+            assert any("bsr_linear" in name for name in seen.names)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         with torch.profiler.profile() as profile:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from native_cases import needs_core, random_weight
+from native_cases import Seen, needs_core, random_weight
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from superblock.bsr import BSRMatrix
 from superblock.errors import MatrixError
@@ -97,25 +96,18 @@ def test_inference_takes_it(block: Block, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 def test_what_must_see_it_does(block: Block) -> None:
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     x = tokens()
-    names: list[str] = []
     with torch.no_grad():
-        with Seen():
+        with Seen() as seen:
             near(block(x), block.expected(x))
-        assert any(block.name in name for name in names)
+        assert any(block.name in name for name in seen.names)
         with torch.profiler.profile() as profile:
             block(x)
         assert any(block.name in event.name for event in profile.events())
         assert block.name in make_fx(block)(x).code
-    names.clear()
-    with Seen():  # Gradients are on, though nothing asks for one.
+    with Seen() as seen:  # Gradients are on, though nothing asks for one.
         near(block(x), block.expected(x))
-    assert any(block.name in name for name in names)
+    assert any(block.name in name for name in seen.names)
 
 
 @torch.no_grad()

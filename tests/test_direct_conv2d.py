@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from native_cases import needs_core
+from native_cases import Seen, needs_core
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from superblock.errors import MatrixError
 from superblock.nn import BSRConv2d
@@ -67,17 +66,11 @@ def test_what_the_layer_becomes_is_seen() -> None:
 
 
 def test_what_must_see_it_does() -> None:
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     layer, x = layer_of(1), torch.randn(1, 32, 8, 8)
     for context in (torch.no_grad, torch.enable_grad):
-        names: list[str] = []
-        with context(), Seen():
+        with context(), Seen() as seen:
             layer(x)
-        assert any("bsr_conv2d" in name for name in names)
+        assert any("bsr_conv2d" in name for name in seen.names)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
 
