@@ -48,7 +48,7 @@ def case(args: argparse.Namespace) -> dict[str, float]:
         layer = BSRLinear(matrix, bias).eval()
     dense, x = matrix.to_dense(), torch.randn(args.tokens, width)
     weight = matrix.values, matrix.crow_indices, matrix.col_indices, bias
-    product = prepared.product_of(prepared.prepare(*weight, (width, width), "none"), args.tokens, None)
+    product = prepared.product_of(prepared.prepare(*weight, (width, width), "none"), args.tokens)
     y, tensors = torch.empty(args.tokens, width), (*weight, None, width, width, "none")
     product.x, product.x_stride = x.data_ptr(), width
     product.y, product.y_stride = y.data_ptr(), width

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 import superblock.ops.feed_forward
 import superblock.ops.feed_forward_training  # noqa: F401  Both register their ops.
-from superblock.fuse import alike, comes_from, fusible, graded, watched
+from superblock.fuse import alike, comes_from, fusible, watched
 from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
 from superblock.ops import direct
+from superblock.ops.library import graded
 
 _STILL = (nn.Identity, nn.Dropout)  # What hands on its input in inference.
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from superblock.nn import BSRConv2d, BSRLinear, FoldedBatchNorm
+from superblock.ops.library import graded
 
 
 def fuse_activations(model: nn.Module) -> None:
@@ -65,11 +66,6 @@ def alike(x: Tensor, *tensors: Tensor | None) -> bool:
         if tensor is not None and tensor.dtype != dtype:
             return False
     return True
-
-
-def graded(*tensors: Tensor | None) -> bool:
-    """Whether a gradient to any of the tensors is asked for."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def comes_from(module: nn.Module, library: str, *names: str) -> bool:

@@ -47,8 +47,8 @@ class ResidualConvolutions(nn.Module):
         parts: dict[str, Any] = self._modules
         shortcut = parts.get("downsample")
         residual = x if shortcut is None else shortcut(x)
-        last = "3" if "conv3" in parts else "2"
-        for stage in ("1", "2") if last == "3" else ("1",):
+        *stages, last = ("1", "2", "3") if "conv3" in parts else ("1", "2")
+        for stage in stages:
             x = self._stage(stage, x)
         for name in _IDENTITIES:
             x = parts[name](x) if name in parts else x

@@ -20,8 +20,7 @@ library._lib.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """``softmax(q kᵀ / √d + mask) v``: ``[n, heads, l, d]``, ``[n, heads, s, d]`` twice → ``[n, heads, l, d]``."""
-    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    if mask is None and not dropout and not graded and _supported(q, k, v):
+    if mask is None and not dropout and not library.graded(q, k, v) and _supported(q, k, v):
         out: Tensor = torch.ops.superblock.attention(q, k, v)
         return out
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

@@ -15,9 +15,7 @@ from torch import Tensor
 from superblock.errors import ConfigError, MatrixError
 from superblock.ops import direct, library, reference
 from superblock.ops.backends import select
-from superblock.ops.convolution import KernelShape, channels_last, dense_kernel, output_size, row_length
-
-Pair = tuple[int, int]
+from superblock.ops.convolution import KernelShape, Pair, channels_last, dense_kernel, output_size, row_length
 
 library._lib.define(
     "bsr_conv2d(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor? residual, "
@@ -60,9 +58,7 @@ def bsr_conv2d(
         x, values = x.to(dtype), values.to(dtype)
         bias, residual = (None if tensor is None else tensor.to(dtype) for tensor in (bias, residual))
     _check(x, values, bias, residual, kernel_shape, stride, padding, dilation, groups, activation)
-    graded = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, values, bias, residual)
-    )
+    graded = library.graded(x, values, bias, residual)
     if math.prod(kernel_shape[2:]) * groups == 1 and (graded or device != "cpu"):
         out, channels, *_ = kernel_shape
         weight = (values, crow_indices, col_indices, bias, (out, channels))

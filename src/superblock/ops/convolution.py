@@ -12,6 +12,8 @@ from superblock.bsr import BSRMatrix, dense_of
 from superblock.errors import MatrixError
 
 KernelShape = Sequence[int]  # out, channels a group, height, width
+Pair = tuple[int, int]
+Geometry = tuple[KernelShape, Pair, Pair, Pair, int]  # Kernel, stride, padding, dilation, groups.
 
 
 def matrix_of(kernel: Tensor, blocksize: int | tuple[int, int]) -> BSRMatrix:

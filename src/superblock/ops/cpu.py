@@ -19,7 +19,6 @@ from superblock.ops.arguments import (
     UnsupportedError,
     check,
     indices_for,
-    norm_of,
     residual_rows,
     rows_of,
     weight_of,
@@ -92,14 +91,7 @@ def linear_normalized(
 ) -> Tensor:
     """``y = act(norm(x) Wᵀ + b) + residual``: tokens are normalized while they are packed."""
     prepared = prepare(values, crow_indices, col_indices, bias, (out_features, in_features), activation)
-    rows = rows_of(x, in_features, prepared.dtype)
-    product = product_of(prepared, len(rows), residual)
-    norms = norm_of(norm, in_features, prepared.dtype)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    product.norm, product.x, product.x_stride = norms, rows.data_ptr(), rows.stride(0)
-    product.y, product.y_stride = y.data_ptr(), out_features
-    check(native.library().sb_run_product(ctypes.byref(product)))
-    return y
+    return multiply(x, chain(prepared, None, norm), residual)
 
 
 def linear_with_preactivation(
@@ -199,8 +191,7 @@ def feed_forward(
     into, out = prepare(*first[:4], first[4:], activation), prepare(*second[:4], second[4:], "none")
     if not _splits(x):
         return multiply(x, chain(into, out, norm), residual)
-    weight = (*first[:4], None, *first[4:], activation)
-    hidden = multiply(x, into) if norm is None else linear_normalized(x, norm, *weight)
+    hidden = multiply(x, into if norm is None else chain(into, None, norm))
     return multiply(hidden, out, residual)
 
 
@@ -232,12 +223,12 @@ def feed_forward_gradient(
         return grad_input(dz, *first[:3], *first[4:]), dz, dbias
     z = z.contiguous()
     back = prepare(*second[:3], None, second[4:], "none").transposed
-    inner = product_of(back, len(rows), None)
+    inner = product_of(back, len(rows))
     dz, dbias = torch.empty_like(z), z.new_empty(first[4])
     inner.activation = native.ACTIVATIONS[activation]
     inner.preactivation, inner.y_stride = dz.data_ptr(), first[4]
     inner.x, inner.x_stride = rows.data_ptr(), rows.stride(0)
-    outer = product_of(prepare(*first[:3], None, first[4:], "none").transposed, len(rows), None)
+    outer = product_of(prepare(*first[:3], None, first[4:], "none").transposed, len(rows))
     dx = grad.new_empty(*grad.shape[:-1], first[5])
     outer.y, outer.y_stride = dx.data_ptr(), first[5]
     whole = native.FeedForward(inner, outer, z.data_ptr(), dbias.data_ptr())

@@ -8,18 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, get_num_threads
 
 from superblock.errors import MatrixError
 from superblock.ops import native
 from superblock.ops.arguments import check, residual_rows
-from superblock.ops.convolution import KernelShape, output_size, row_length
+from superblock.ops.convolution import Geometry, KernelShape, Pair, output_size, row_length
 from superblock.ops.native import pack_rows
 from superblock.ops.prepared import Prepared, prepare
-
-Pair = tuple[int, int]
-Geometry = tuple[KernelShape, Pair, Pair, Pair, int]  # Kernel, stride, padding, dilation, groups.
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +50,14 @@ def conv2d(
     prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
     if x.dim() == 4 and x.stride(1) != 1:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    geometry = tuple(kernel_shape), _pair(stride), _pair(padding), _pair(dilation), groups
+    geometry: Geometry = tuple(kernel_shape), _pair(stride), _pair(padding), _pair(dilation), groups
     made_of = x.shape, x.stride(), x.dtype, x.device, *geometry
     windows: Windows | None = prepared.made.get("conv2d")
     if windows is None or windows.made_of != made_of:
-        windows = _windows_of(prepared, made_of, *made_of)
+        windows = _windows_of(prepared, x, geometry, made_of)
         prepared.made["conv2d"] = windows
     y = x.new_empty(*windows.size).permute(0, 3, 1, 2)
-    return _run(x, y, residual, prepared, windows, groups)
+    return _run(x, y, residual, windows, groups)
 
 
 def _pair(sizes: Sequence[int]) -> Pair:
@@ -70,37 +66,25 @@ def _pair(sizes: Sequence[int]) -> Pair:
     return height, width
 
 
-def _windows_of(
-    prepared: Prepared,
-    made_of: tuple[object, ...],
-    shape: torch.Size,
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    kernel_shape: KernelShape,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Windows:
-    """What every convolution of such images shares, in the order of ``made_of``.
+def _windows_of(prepared: Prepared, x: Tensor, geometry: Geometry, made_of: tuple[object, ...]) -> Windows:
+    """What every convolution of such images shares.
 
     Raises:
         MatrixError: the images do not fit the kernel.
     """
-    out_channels, channels, *kernel = kernel_shape
+    (out_channels, channels, *kernel), stride, padding, dilation, groups = geometry
     block = prepared.product.weight.block_out
-    if len(shape) != 4 or shape[1] != channels * groups:
-        raise MatrixError(f"x must be [n, {channels * groups}, h, w], got {tuple(shape)}")
-    if dtype != prepared.dtype or device.type != "cpu":
-        raise MatrixError(f"x must be of {prepared.dtype} on cpu, got {dtype} on {device}")
+    if x.dim() != 4 or x.shape[1] != channels * groups:
+        raise MatrixError(f"x must be [n, {channels * groups}, h, w], got {tuple(x.shape)}")
+    if x.dtype != prepared.dtype or x.device.type != "cpu":
+        raise MatrixError(f"x must be of {prepared.dtype} on cpu, got {x.dtype} on {x.device}")
     if groups > 1 and (out_channels // groups) % block:
         raise MatrixError(f"{out_channels} output channels in {groups} groups must divide into blocks of {block}")
-    count, _, *size = shape
+    count, _, *size = x.shape
     out_size = output_size(size, kernel, stride, padding, dilation)
     if min(out_size) < 1:
         raise MatrixError(f"the window of {kernel[0]} × {kernel[1]} does not fit into images of {size[0]} × {size[1]}")
-    by_image, _, by_row, by_pixel = strides
+    by_image, _, by_row, by_pixel = x.stride()
     product = native.Product.from_buffer_copy(prepared.product)
     product.tokens = count * math.prod(out_size)
     product.y_stride, product.residual_first = out_channels, True
@@ -115,14 +99,14 @@ def _windows_of(
     return Windows(run, product, (count, *out_size, out_channels), made_of)
 
 
-def _run(x: Tensor, y: Tensor, residual: Tensor | None, prepared: Prepared, windows: Windows, groups: int) -> Tensor:
+def _run(x: Tensor, y: Tensor, residual: Tensor | None, windows: Windows, groups: int) -> Tensor:
     whole, out_channels = windows.product, windows.size[-1]
     added, added_stride = 0, out_channels
     if residual is not None:
         if residual.shape != y.shape:
             raise MatrixError(f"residual must be {tuple(y.shape)}, as the result is, got {tuple(residual.shape)}")
         if residual.stride() != y.stride() or residual.dtype != y.dtype or not residual.is_cpu:
-            residual = residual_rows(residual.movedim(1, -1), whole.tokens, out_channels, prepared.dtype)
+            residual = residual_rows(residual.movedim(1, -1), whole.tokens, out_channels, y.dtype)
             added_stride = residual.stride(0)
         added = residual.data_ptr()
     if groups == 1:

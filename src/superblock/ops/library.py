@@ -94,14 +94,15 @@ def product(
         if residual is not None and residual.dtype != dtype:  # As autocast adds: what comes in wider stays so.
             return product(x, values, crow_indices, col_indices, bias, shape, activation) + residual
     _check(x, values, bias, residual, shape, activation)
-    if (
-        activation != "none"
-        and torch.is_grad_enabled()
-        and any(tensor is not None and tensor.requires_grad for tensor in (x, values, bias))
-    ):
+    if activation != "none" and graded(x, values, bias):
         y = _ops.bsr_linear_with_preactivation(x, values, crow_indices, col_indices, bias, *shape, activation)[0]
         return y if residual is None else y + residual
     return _ops.bsr_linear(x, values, crow_indices, col_indices, bias, residual, *shape, activation)
+
+
+def graded(*tensors: Tensor | None) -> bool:
+    """Whether a gradient to any of the tensors is asked for."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check(

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from superblock.errors import BackendError, MatrixError
 from superblock.ops import native
-from superblock.ops.arguments import Norm, dense_blocks, indices_for, norm_of, residual_rows, weight_of
+from superblock.ops.arguments import Norm, dense_blocks, indices_for, norm_of, weight_of
 from superblock.ops.indices import Indices
 
 
@@ -53,11 +53,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Chain:
-    """Two products in turn, of which the first may normalize its rows, that lack only those."""
+    """A product that may normalize its rows, and one that may follow it, that lack only those rows."""
 
     run: Callable[[bytes], int]
     dtype: torch.dtype
-    out_features: int  # Of the second.
+    out_features: int  # Of the last.
     in_features: int  # Of the first.
     made_of: tuple[object, ...]  # The second, the norm and the heads: what was true when the structure was filled in.
 
@@ -128,33 +128,36 @@ def _runner(product: ctypes.Structure) -> Callable[[bytes], int]:
     return partial(native.library().sb_run_rows, ctypes.byref(product))
 
 
-def chain(first: Prepared, second: Prepared, norm: Norm | None, heads: int = 0) -> Chain:
-    """A feed-forward or, of so many heads, self-attention: put together again when anything changed.
+def chain(first: Prepared, second: Prepared | None, norm: Norm | None, heads: int = 0) -> Chain:
+    """A normalized product, a feed-forward or, of so many heads, self-attention: made again when anything changed.
 
     Raises:
         MatrixError: the weights are of two dtypes, or the norm's parameters do not fit.
     """
-    if first.dtype != second.dtype:
+    if second is not None and first.dtype != second.dtype:
         raise MatrixError(f"both weights must be of one dtype, got {first.dtype} and {second.dtype}")
     made_of = second, None if norm is None else (_state_of(norm[0]), _state_of(norm[1]), norm[2]), heads
-    kind = "self_attention" if heads else "feed_forward"
+    kind = "normalized" if second is None else "self_attention" if heads else "feed_forward"
     found: Chain | None = first.made.get(kind)
     if found is not None and found.made_of == made_of:
         return found
-    inner, outer = (native.Product.from_buffer_copy(part.product) for part in (first, second))
+    inner = native.Product.from_buffer_copy(first.product)
     copies: tuple[Tensor, ...] = ()
     if norm is not None:
         inner.norm = norms = norm_of(norm, first.in_features, first.dtype)
         copies = tuple(kept for kept, given in zip(norms.alive, norm[:2], strict=True) if kept is not given)
-    if heads:
+    core, last = native.library(), first if second is None else second
+    if second is None:
+        whole, function = inner, core.sb_run_rows
+    elif heads:
         features = second.in_features // heads
-        whole = native.SelfAttention(inner, outer, 0, heads, features, features**-0.5)
+        whole = native.SelfAttention(inner, second.product, 0, heads, features, features**-0.5)
+        function = core.sb_run_self_attention_rows
     else:
-        whole = native.FeedForward(inner, outer)
+        whole, function = native.FeedForward(inner, second.product), core.sb_run_feed_forward_rows
     whole.alive = copies
-    run = partial(getattr(native.library(), f"sb_run_{kind}_rows"), ctypes.byref(whole))
-    made = Chain(run, first.dtype, second.out_features, first.in_features, made_of)
-    if not copies and not second.copies:
+    made = Chain(partial(function, ctypes.byref(whole)), first.dtype, last.out_features, first.in_features, made_of)
+    if not copies and not last.copies:
         first.made[kind] = made
     return made
 
@@ -165,12 +168,9 @@ def _state_of(tensor: Tensor | None) -> tuple[object, ...] | None:
     return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous(), tensor.is_neg(), tensor.is_cpu
 
 
-def product_of(prepared: Prepared, tokens: int, residual: Tensor | None) -> ctypes.Structure:
+def product_of(prepared: Prepared, tokens: int) -> ctypes.Structure:
     """A product of so many tokens for the caller to complete. Its ``alive`` keeps what it points to."""
     product = native.Product.from_buffer_copy(prepared.product)
     product.tokens, product.threads = tokens, torch.get_num_threads()
-    if residual is not None:
-        residual = residual_rows(residual, tokens, prepared.out_features, prepared.dtype)
-        product.residual, product.residual_stride = residual.data_ptr(), residual.stride(0)
-    product.alive = prepared, residual
+    product.alive = prepared
     return product
