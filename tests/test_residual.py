@@ -193,8 +193,13 @@ def test_images_stay_in_channels_last(memory_format: torch.memory_format) -> Non
 
 
 @needs_core
-def test_dense_attention_beside_a_sparse_feed_forward_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("x", [TOKENS, TOKENS.transpose(0, 1)], ids=["contiguous", "transposed"])
+def test_dense_attention_beside_a_sparse_feed_forward_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, x: torch.Tensor, bias: bool
+) -> None:
     model = nn.Sequential(encoder_block())
+    model[0].self_attention = nn.MultiheadAttention(16, 2, bias=bias, batch_first=True)
     folded(model, sb.SupermaskConfig(linear=sb.TileSparsity(0.5, 8), scope="mlp"))
     twin = copy.deepcopy(model)
     sb.to_bsr(model)
@@ -205,12 +210,17 @@ def test_dense_attention_beside_a_sparse_feed_forward_gives_the_same(monkeypatch
         calls.append(1)
         return original(*args, **options)  # type: ignore[arg-type]
 
+    def compare() -> None:
+        given = x.clone()
+        torch.testing.assert_close(model(given), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(given, x)
+
     with torch.inference_mode():
-        expected = twin(TOKENS)
+        expected = twin(x)
         monkeypatch.setattr(nn.MultiheadAttention, "forward", counted)
-        torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-4)
+        compare()
         assert not calls
         model[0].self_attention.register_forward_hook(lambda *_: None)
-        torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-4)
+        compare()
+    compare()
     assert len(calls) == 2

@@ -73,10 +73,14 @@ class ResidualEncoderBlock(nn.Module):
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         parts: dict[str, Any] = self._modules  # Past nn.Module.__getattr__, which takes 0.4 µs for each.
         attention, dropout, norm = parts["self_attention"], parts["dropout"], parts["ln_1"]
-        if not self.training and passes(dropout) and _adds(attention):
+        whole = not self.training and passes(dropout)
+        if whole and _adds(attention):
             x = _attend(attention, norm, input)
+        elif whole and _is_plain_torch(attention) and _infers(input):
+            x = _attend_densely(attention, norm(input), input)
         else:
-            x = dropout(_dense_attention(attention, norm(input))) + input
+            y = norm(input)
+            x = dropout(attention(y, y, y, need_weights=False)[0]) + input
         return _add_feed_forward(parts["mlp"], parts["ln_2"], x)
 
 
@@ -150,16 +154,18 @@ def _attend(attention: BSRMultiheadAttention, norm: nn.Module | None, x: Tensor,
     return added
 
 
-def _dense_attention(attn: nn.Module, x: Tensor) -> Tensor:
-    """Self-attention between projections that stayed dense, around this library's attention in inference."""
-    inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
-    if not inference or not _is_plain_torch(attn):
-        y: Tensor = attn(x, x, x, need_weights=False)[0]
-        return y
-    assert isinstance(attn, nn.MultiheadAttention)  # By `_is_plain_torch`.
+def _attend_densely(attn: nn.MultiheadAttention, x: Tensor, residual: Tensor) -> Tensor:
+    """``attn(x) + residual``, around this library's attention: the dense out-projection adds to the residual."""
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
     heads = attention(*(part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in qkv))
-    return F.linear(heads.transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
+    out = attn.out_proj
+    added = (residual.clone() if out.bias is None else residual + out.bias).flatten(0, 1)
+    return added.addmm_(heads.transpose(1, 2).flatten(2).flatten(0, 1), out.weight.t()).view_as(residual)
+
+
+def _infers(x: Tensor) -> bool:
+    """Whether this is plain inference on the CPU."""
+    return x.is_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def _is_plain_torch(attn: nn.Module) -> bool:
