@@ -32,6 +32,8 @@ typedef struct walk {
     float *sums;     /* of the last tile, and where it was */
     int64_t column, columns, token, rows;
     int64_t left, pace; /* rows of it to be finished, rows at a time */
+    const char *ahead;  /* the next strip's weights, and how many of their lines are fetched a step */
+    int64_t ahead_lines;
 } walk;
 
 SB_INLINE vec half_line(const void *line, int half) { return load_as(SB_BFLOAT16, line, half * SB_LANES); }
@@ -118,6 +120,11 @@ static void finish_rows(walk *k) {
     k->left -= count;
 }
 
+/* What L2 does not hold beside the tokens comes from L3 for every tile of them, while the strip before multiplies. */
+SB_INLINE void fetch_weights(walk *k) {
+    for (int64_t n = 0; n < k->ahead_lines; n++, k->ahead += 64) __builtin_prefetch(k->ahead, 0, 2);
+}
+
 /* The tokens of a half group and part i, and then by them the weights of one sum each. */
 #define TOKENS_OF(i, half, load) \
     load(5, p[i].x + p[i].cols[block] * block_bytes + chunk * chunk_bytes + (half) * SIDE * row, row);
@@ -127,6 +134,7 @@ static void finish_rows(walk *k) {
 #define COMMON_STEPS(products)                        \
     for (int64_t step = 1; step < s->steps; step++) { \
         if (k->left) finish_rows(k);                  \
+        fetch_weights(k);                             \
         at += weight_bytes;                           \
         if (++chunk == chunks) block++, chunk = 0;    \
         products                                      \
@@ -222,11 +230,29 @@ static void next_tile(walk *k, const strip *s, int64_t token, int64_t rows) {
     k->rows = rows;
 }
 
+/* Arranged weights lie in the order in which strips are multiplied: those of the next one after this one's. */
+static void set_weights_ahead(walk *k, const strip *s, int64_t parts) {
+    enum { MOST = 8 };
+    const sb_target *t = k->target;
+    k->ahead_lines = 0;
+    if (!t->following || !k->layer->arranged) return;
+    int64_t bytes = 0;
+    for (const part *p = s->parts; p < s->parts + parts; p++) {
+        if (p->x == nothing) continue;
+        const int64_t own = s->width / SIDE * p->column_bytes;
+        k->ahead = p->w + own;
+        bytes += own;
+    }
+    const int64_t groups = sb_ceil_div(t->tokens, t->group), steps = sb_max(s->steps - 1, 1);
+    k->ahead_lines = sb_min(sb_ceil_div(bytes, 64 * steps * groups), MOST);
+}
+
 static void run_strip(walk *k, strip *s) {
     const sb_target *t = k->target;
     const int64_t parts = k->outputs / s->width, group_bytes = t->group * k->layer->padded_in * k->layer->packed_size;
     s->steps = INT64_MAX;
     for (int i = 0; i < parts; i++) s->steps = sb_min(s->steps, s->parts[i].blocks * s->parts[i].chunks);
+    set_weights_ahead(k, s, parts);
     for (int64_t token = 0; token < t->tokens; token += t->group) {
         next_tile(k, s, token, t->next ? t->group : sb_min(t->group, t->tokens - token));
         for (int i = 0; i < parts; i++)
