@@ -57,7 +57,7 @@ cases = pytest.mark.parametrize(("build", "kind", "x"), BLOCKS)
 
 def converted(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     """A folded model of one block, and the same converted."""
-    model = nn.Sequential(build())
+    model = nn.Sequential(build(), nn.Identity())  # Blocks alone would run as an encoder.
     for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter)

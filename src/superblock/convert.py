@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from superblock.batch_norm import fold_batch_norms
 from superblock.bsr import BSRMatrix
+from superblock.encoder import fuse_encoders
 from superblock.errors import ConfigError, ModelError
 from superblock.feed_forward import fuse_feed_forward
 from superblock.fuse import fuse_activations
@@ -77,6 +78,7 @@ def fuse(model: nn.Module) -> None:
     fuse_activations(model)
     fuse_feed_forward(model)
     fuse_residuals(model)
+    fuse_encoders(model)
     if any(isinstance(module, BSRConv2d) for module in model.modules()):
         for module in model.modules():
             if isinstance(module, nn.Conv2d):  # Torch's convolutions answer in the memory format of their weight.

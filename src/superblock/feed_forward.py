@@ -13,8 +13,9 @@ import superblock.ops.feed_forward_training  # noqa: F401  Both register their o
 from superblock.fuse import alike, comes_from, fusible, watched
 from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
-from superblock.ops import direct
+from superblock.ops import cpu, direct
 from superblock.ops.library import graded
+from superblock.ops.prepared import Chain
 
 _STILL = (nn.Identity, nn.Dropout)  # What hands on its input in inference.
 
@@ -54,19 +55,31 @@ class FeedForwardSequential(nn.Sequential):
                 x = steps.pop(0)(x)
         return x if residual is None else x + residual
 
+    def pair(self) -> tuple[BSRLinear, BSRLinear] | None:
+        """The two layers that are all there is now, or ``None``."""
+        steps = [child for child in self._modules.values() if not passes(child)]
+        return (steps[0], steps[1]) if len(steps) == 2 and chains(*steps) else None  # type: ignore[return-value]
+
 
 class FeedForwardMlp(nn.Module):
     """timm's ``Mlp`` after its activation has moved into its first layer."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
+        pair = self.pair()
+        if pair is not None:
+            return feed_forward(x, *pair, residual, norm)
+        parts: dict[str, Any] = self._modules
+        x = x if norm is None else norm(x)
+        hidden = parts["norm"](parts["drop1"](parts["act"](parts["fc1"](x))))
+        y: Tensor = parts["drop2"](parts["fc2"](hidden))
+        return y if residual is None else y + residual
+
+    def pair(self) -> tuple[BSRLinear, BSRLinear] | None:
+        """As above."""
         parts: dict[str, Any] = self._modules
         first, second = parts["fc1"], parts["fc2"]
-        if chains(first, second) and passes(parts["act"], parts["drop1"], parts["norm"], parts["drop2"]):
-            return feed_forward(x, first, second, residual, norm)
-        x = x if norm is None else norm(x)
-        hidden = parts["norm"](parts["drop1"](parts["act"](first(x))))
-        y: Tensor = parts["drop2"](second(hidden))
-        return y if residual is None else y + residual
+        idle = passes(parts["act"], parts["drop1"], parts["norm"], parts["drop2"])
+        return (first, second) if idle and chains(first, second) else None
 
 
 def feed_forward(
@@ -90,6 +103,22 @@ def feed_forward(
     if whole is None:
         whole = torch.ops.superblock.feed_forward(x, *tensors, *(inside or (None, None, None)), *sizes)
     return whole
+
+
+def chain_of_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Chain | None:
+    """``mlp(norm(x)) + x`` prepared for tokens like ``x`` in plain inference, or ``None`` where it must be called."""
+    if not isinstance(mlp, (FeedForwardMlp, FeedForwardSequential)) or watched(mlp) or cpu.splits(x):
+        return None
+    pair = mlp.pair()
+    if pair is None:
+        return None
+    first, second = pair
+    up, down = first.tensors, second.tensors
+    in_features, hidden, out_features = first.in_features, first.out_features, second.out_features
+    inside = norm_of(norm, x, first) if in_features == out_features == x.shape[-1] else None
+    if inside is None or not fusible(x, up[0], up[3], down[0], down[3]):
+        return None
+    return cpu.feed_forward_chain((*up, hidden, in_features), first.activation, (*down, out_features, hidden), inside)
 
 
 def passes(*modules: object) -> bool:

@@ -8,12 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superblock.feed_forward import FeedForwardMlp, FeedForwardSequential, chains, feed_forward, passes
+from superblock.feed_forward import (
+    FeedForwardMlp,
+    FeedForwardSequential,
+    chain_of_feed_forward,
+    chains,
+    feed_forward,
+    passes,
+)
 from superblock.fuse import activation_name, comes_from, watched
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, FoldedBatchNorm
 from superblock.normalized import norm_of
 from superblock.ops.attention import attention
-from superblock.self_attention import attend_as_one
+from superblock.ops.prepared import Chain
+from superblock.self_attention import attend_as_one, chain_of_attention
 
 _RESNETS = ("torchvision.models.resnet", "timm.models.resnet")
 _IDENTITIES = ("drop_block", "aa")  # Of timm's blocks, before the last convolution; a hook may listen to them.
@@ -83,6 +91,17 @@ class ResidualEncoderBlock(nn.Module):
             x = dropout(attention(y, y, y, need_weights=False)[0]) + input
         return _add_feed_forward(parts["mlp"], parts["ln_2"], x)
 
+    def chains(self, x: Tensor) -> tuple[Chain, Chain] | None:
+        """Attention and feed-forward, prepared for tokens like ``x`` in plain inference; ``None``: call the block."""
+        parts: dict[str, Any] = self._modules
+        attention = parts["self_attention"]
+        if self.training or not passes(parts["dropout"]) or not _adds(attention) or not attention.batch_first:
+            return None
+        inner = attention._modules
+        first = chain_of_attention(inner["in_proj"], inner["out_proj"], attention.num_heads, parts["ln_1"], x)
+        second = None if first is None else chain_of_feed_forward(parts["mlp"], parts["ln_2"], x)
+        return None if first is None or second is None else (first, second)
+
 
 class ResidualBlock(nn.Module):
     """timm's ``Block``."""
@@ -102,6 +121,17 @@ class ResidualBlock(nn.Module):
             return _add_feed_forward(mlp, norm, x)
         z: Tensor = x + drop(scale(mlp(norm(x))))
         return z
+
+    def chains(self, x: Tensor) -> tuple[Chain, Chain] | None:
+        """As of :class:`ResidualEncoderBlock`."""
+        parts: dict[str, Any] = self._modules
+        attention, idle = parts["attn"], (parts["ls1"], parts["drop_path1"], parts["ls2"], parts["drop_path2"])
+        if self.training or not passes(*idle) or not _is_plain_attention(attention):
+            return None
+        inner = attention._modules
+        first = chain_of_attention(inner["qkv"], inner["proj"], attention.num_heads, parts["norm1"], x)
+        second = None if first is None else chain_of_feed_forward(parts["mlp"], parts["norm2"], x)
+        return None if first is None or second is None else (first, second)
 
 
 class ResidualEncoderLayer(nn.TransformerEncoderLayer):

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 import superblock.ops.self_attention  # noqa: F401  Registers the op.
 from superblock.fuse import fusible, watched
-from superblock.nn import BSRLinear
+from superblock.nn import BSRLinear, Norm
 from superblock.normalized import norm_of
-from superblock.ops import direct
+from superblock.ops import cpu, direct
+from superblock.ops.prepared import Chain
 
 
 def attend_as_one(
@@ -19,6 +20,32 @@ def attend_as_one(
 
     That is one pass over ``x`` in inference on the CPU, where nobody watches and nothing needs a gradient.
     """
+    planned = _plan(in_proj, out_proj, num_heads, norm, x)
+    if planned is None:
+        return None
+    inside, into, out = planned
+    whole = direct.self_attention(x, inside, into, out, num_heads)
+    if whole is None:
+        norms = inside or (None, None, None)
+        whole = torch.ops.superblock.self_attention(x, *norms, *into[:4], *out[:4], num_heads, out[5])
+    return whole
+
+
+def chain_of_attention(
+    in_proj: object, out_proj: object, num_heads: int, norm: nn.Module | None, x: Tensor
+) -> Chain | None:
+    """The same, prepared for tokens like ``x`` in plain inference, or ``None``."""
+    planned = _plan(in_proj, out_proj, num_heads, norm, x)
+    if planned is None:
+        return None
+    inside, into, out = planned
+    return cpu.self_attention_chain(into, out, inside, num_heads)
+
+
+def _plan(
+    in_proj: object, out_proj: object, num_heads: int, norm: nn.Module | None, x: Tensor
+) -> tuple[Norm | None, cpu.Weight, cpu.Weight] | None:
+    """The norm and both weights of an attention that runs as one on ``x``, or ``None``."""
     if type(in_proj) is not BSRLinear or type(out_proj) is not BSRLinear or x.dim() != 3:
         return None
     inner, hidden = out_proj.in_features, out_proj.out_features
@@ -30,8 +57,4 @@ def attend_as_one(
     into, out = in_proj.tensors, out_proj.tensors
     if (norm is not None and inside is None) or not fusible(x, into[0], into[3], out[0], out[3]):
         return None
-    whole = direct.self_attention(x, inside, (*into, 3 * inner, hidden), (*out, hidden, inner), num_heads)
-    if whole is None:
-        norms = inside or (None, None, None)
-        whole = torch.ops.superblock.self_attention(x, *norms, *into, *out, num_heads, inner)
-    return whole
+    return inside, (*into, 3 * inner, hidden), (*out, hidden, inner)

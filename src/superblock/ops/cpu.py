@@ -187,12 +187,18 @@ def feed_forward(
 
     A weight is ``(values, crow_indices, col_indices, bias, out_features, in_features)``.
     """
+    if not splits(x):
+        return multiply(x, feed_forward_chain(first, activation, second, norm), residual)
     _check_chain(first, second)
     into, out = prepare(*first[:4], first[4:], activation), prepare(*second[:4], second[4:], "none")
-    if not _splits(x):
-        return multiply(x, chain(into, out, norm), residual)
     hidden = multiply(x, into if norm is None else chain(into, None, norm))
     return multiply(hidden, out, residual)
+
+
+def feed_forward_chain(first: Weight, activation: str, second: Weight, norm: Norm | None) -> Chain:
+    """:func:`feed_forward`, of tokens that are not too few, prepared for any rows and residual."""
+    _check_chain(first, second)
+    return chain(prepare(*first[:4], first[4:], activation), prepare(*second[:4], second[4:], "none"), norm)
 
 
 def feed_forward_with_preactivation(
@@ -202,7 +208,7 @@ def feed_forward_with_preactivation(
     _check_chain(first, second)
     into, out = prepare(*first[:4], first[4:], activation), prepare(*second[:4], second[4:], "none")
     z = x.new_empty(*x.shape[:-1], first[4])
-    if _splits(x):
+    if splits(x):
         return multiply(multiply(x, into, preactivation=z), out, residual), z
     return multiply(x, chain(into, out, None), residual, z), z
 
@@ -218,7 +224,7 @@ def feed_forward_gradient(
     rows = rows_of(grad, second[4], first[0].dtype)
     if z.shape != (*grad.shape[:-1], first[4]):
         raise MatrixError(f"z must be {(*grad.shape[:-1], first[4])}, got {tuple(z.shape)}")
-    if _splits(rows):
+    if splits(rows):
         dz, dbias = activation_gradient(grad_input(grad, *second[:3], *second[4:]), z, activation)
         return grad_input(dz, *first[:3], *first[4:]), dz, dbias
     z = z.contiguous()
@@ -246,8 +252,8 @@ def _check_chain(first: Weight, second: Weight) -> None:
         )
 
 
-def _splits(x: Tensor) -> bool:
-    """Whether two products take less time than both as one."""
+def splits(x: Tensor) -> bool:
+    """Whether the two products of a feed-forward take less time than both as one."""
     return math.prod(x.shape[:-1]) < FUSED_TOKENS * get_num_threads()
 
 
@@ -257,11 +263,37 @@ def self_attention(x: Tensor, norm: Norm | None, first: Weight, second: Weight, 
     ``None`` where that would take longer than the three steps: of long sequences, or too few heads for the threads; and
     where heads and blocks do not cover each other.
     """
-    sequences, inner = x.shape[0], second[5]
-    if not x.numel() or inner // num_heads % native.MULTIPLE:
+    whole = self_attention_chain(first, second, norm, num_heads)
+    if whole is None or not x.numel():
         return None
-    into, out = prepare(*first[:4], first[4:], "none"), prepare(*second[:4], second[4:], "none")
     try:
-        return multiply(x, chain(into, out, norm, num_heads), x, sequences=sequences)
+        return multiply(x, whole, x, sequences=x.shape[0])
     except UnsupportedError:
         return None
+
+
+def self_attention_chain(first: Weight, second: Weight, norm: Norm | None, num_heads: int) -> Chain | None:
+    """:func:`self_attention` prepared for any rows, or ``None`` where the features of a head are no multiple of 8."""
+    if second[5] // num_heads % native.MULTIPLE:
+        return None
+    into, out = prepare(*first[:4], first[4:], "none"), prepare(*second[:4], second[4:], "none")
+    return chain(into, out, norm, num_heads)
+
+
+def encoder(x: Tensor, blocks: list[tuple[Chain, Chain]]) -> Tensor | None:
+    """``z = y + feed_forward(y)`` of ``y = x + self_attention(x)``, then the next block of ``z``: all in one call.
+
+    ``x [n, l, e]`` is not empty, and every chain takes and gives ``e`` features. ``None`` as in :func:`self_attention`.
+    """
+    rows = rows_of(x, blocks[0][0].in_features, blocks[0][0].dtype)
+    y, between = rows.new_empty(x.shape), rows.new_empty(rows.shape)
+    addresses = [chain.address for block in blocks for chain in block]
+    status = native.library().sb_run_encoder_rows(
+        (ctypes.c_void_p * len(addresses))(*addresses), len(blocks), between.data_ptr(),
+        pack_rows(rows.data_ptr(), 0, y.data_ptr(), 0, len(rows), rows.stride(0), 0, get_num_threads(), x.shape[0]),
+    )  # fmt: skip
+    try:
+        check(status)
+    except UnsupportedError:
+        return None
+    return y

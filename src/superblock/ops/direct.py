@@ -42,7 +42,7 @@ def product(
     Raises:
         MatrixError: shapes, dtypes or devices do not fit.
     """
-    if activation not in ACTIVATIONS or not _is_seen_by_nobody(x):
+    if activation not in ACTIVATIONS or not is_seen_by_nobody(x):
         return None
     try:
         prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
@@ -55,7 +55,7 @@ def feed_forward(
     x: Tensor, first: cpu.Weight, activation: str, second: cpu.Weight, residual: Tensor | None, norm: Norm | None
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu.feed_forward`, or ``None``, as above."""
-    if activation not in ACTIVATIONS or not _is_seen_by_nobody(x) or not _is_plain(residual):
+    if activation not in ACTIVATIONS or not is_seen_by_nobody(x) or not _is_plain(residual):
         return None
     try:
         return cpu.feed_forward(x, first, activation, second, residual, norm)
@@ -67,7 +67,7 @@ def self_attention(
     x: Tensor, norm: Norm | None, first: cpu.Weight, second: cpu.Weight, num_heads: int
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu.self_attention`, or ``None``, as above."""
-    if not _is_seen_by_nobody(x):
+    if not is_seen_by_nobody(x):
         return None
     try:
         return cpu.self_attention(x, norm, first, second, num_heads)
@@ -83,7 +83,7 @@ def conv2d(
     activation: str,
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu_conv2d.conv2d`, or ``None``, as above."""
-    if activation not in ACTIVATIONS or not _is_seen_by_nobody(x) or not _is_plain(residual):
+    if activation not in ACTIVATIONS or not is_seen_by_nobody(x) or not _is_plain(residual):
         return None
     values, crow, col, bias = weight
     try:
@@ -96,7 +96,8 @@ def _is_plain(residual: Tensor | None) -> bool:
     return residual is None or (type(residual) is Tensor and not residual.is_neg())
 
 
-def _is_seen_by_nobody(x: Tensor) -> bool:
+def is_seen_by_nobody(x: Tensor) -> bool:
+    """Whether a product of ``x`` is plain eager inference on the CPU."""
     return not (
         is_dynamo_compiling()
         or is_grad_enabled()

@@ -56,6 +56,7 @@ class Chain:
     """A product that may normalize its rows, and one that may follow it, that lack only those rows."""
 
     run: Callable[[bytes], int]
+    address: int  # Of the structure that it runs.
     dtype: torch.dtype
     out_features: int  # Of the last.
     in_features: int  # Of the first.
@@ -156,7 +157,8 @@ def chain(first: Prepared, second: Prepared | None, norm: Norm | None, heads: in
     else:
         whole, function = native.FeedForward(inner, second.product), core.sb_run_feed_forward_rows
     whole.alive = copies
-    made = Chain(partial(function, ctypes.byref(whole)), first.dtype, last.out_features, first.in_features, made_of)
+    run, address = partial(function, ctypes.byref(whole)), ctypes.addressof(whole)
+    made = Chain(run, address, first.dtype, last.out_features, first.in_features, made_of)
     if not copies and not last.copies:
         first.made[kind] = made
     return made

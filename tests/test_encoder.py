@@ -1,0 +1,214 @@
+"""Transformer blocks that run in one call give what they give one by one, and are called where somebody could tell."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from native_cases import Seen, needs_core
+from test_batch_norm import folded
+from torch import Tensor, nn
+
+import superblock as sb
+from superblock.encoder import EncoderSequential
+from superblock.ops import cpu
+from superblock.residual import ResidualBlock, ResidualEncoderBlock
+
+torchvision = pytest.importorskip("torchvision", reason="needs the vision extra")
+timm = pytest.importorskip("timm", reason="needs the vision extra")
+pytestmark = needs_core
+WIDTH, HEADS, BLOCKS = 32, 2, 3
+
+
+def torchvision_block() -> nn.Module:
+    return torchvision.models.vision_transformer.EncoderBlock(HEADS, WIDTH, 2 * WIDTH, 0.1, 0.1)
+
+
+def timm_block() -> nn.Module:
+    return timm.models.vision_transformer.Block(WIDTH, HEADS, qkv_bias=True)
+
+
+builds = pytest.mark.parametrize("build", [torchvision_block, timm_block])
+
+
+def converted(
+    build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, tile: int = 8
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """Folded blocks, and the same converted."""
+    model = nn.Sequential(*(build() for _ in range(BLOCKS))).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, std=0.5)
+    folded(model, sb.SupermaskConfig(linear=sb.TileSparsity(0.5, tile)))
+    twin = copy.deepcopy(model)
+    sb.to_bsr(model)
+    assert type(model) is EncoderSequential
+    return twin, model
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (2, 70)), WIDTH)
+
+
+def near(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of the core for a whole encoder gave something."""
+    results: list[bool] = []
+    original = cpu.encoder
+
+    def noted(*args):  # type: ignore[no-untyped-def]
+        y = original(*args)
+        results.append(y is not None)
+        return y
+
+    monkeypatch.setattr(cpu, "encoder", noted)
+    return results
+
+
+@builds
+@pytest.mark.usefixtures("nan_filled")
+def test_one_call_gives_what_the_blocks_give(build, whole: list[bool]) -> None:
+    twin, model = converted(build)
+    inputs = [
+        tokens(),
+        tokens(1, 49),
+        tokens(4, 131),
+        tokens(2, 140)[:, ::2],
+        tokens(70, 2).transpose(0, 1),
+        torch.randn(2, 70, 2 * WIDTH)[..., :WIDTH],
+        torch.randn(2, 70, 2 * WIDTH)[..., ::2],
+    ]
+    copies = model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for x in inputs:
+                given, expected = x.clone(), twin(x)
+                for one in copies:
+                    near(one(x), expected)
+                    assert torch.equal(x, given)
+            near(model[:2](inputs[0]), twin[:2](inputs[0]))
+    assert whole == [True] * (2 * (len(inputs) * len(copies) + 1))
+
+
+@builds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_dtype_gives_what_single_blocks_give(build, dtype: torch.dtype, whole: list[bool]) -> None:
+    _, model = converted(build, dtype)
+    x = tokens().to(dtype)
+    with torch.inference_mode():
+        y, expected = model(x), x
+        for block in model:
+            expected = block(expected)
+    assert torch.equal(y, expected)
+    assert whole == [True]
+
+
+@builds
+def test_whatever_is_replaced_is_seen(build, whole: list[bool]) -> None:
+    twin, model = converted(build)
+    x = tokens()
+
+    def norms(one: nn.Module) -> list[nn.LayerNorm]:
+        return [module for module in one.modules() if isinstance(module, nn.LayerNorm)]
+
+    changes: list[Callable[[nn.Module], object]] = [
+        lambda one: norms(one)[2].weight.mul_(2),
+        lambda one: setattr(norms(one)[1], "eps", 0.5),
+        lambda one: setattr(norms(one)[3].bias, "data", torch.ones(WIDTH)),
+        lambda one: one.append(one[0]),
+        lambda one: one.pop(1),
+    ]
+    with torch.no_grad():
+        model(x)
+        for change in changes:
+            for one in (twin, model):
+                change(one)
+            near(model(x), twin(x))
+        model[0].mlp = twin[0].mlp
+        near(model(x), twin(x))
+        model[0] = nn.Identity()
+        near(model(x), twin[1:](x))
+    assert whole == [True] * (1 + len(changes))
+
+
+@builds
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_who_could_tell_is_told(build, whole: list[bool]) -> None:
+    twin, model = converted(build)
+    x = tokens()
+    near(model(x), twin(x))  # Gradients are on.
+    with torch.no_grad():
+        expected = twin(x)
+        with Seen() as seen:
+            near(model(x), expected)
+        assert sum("self_attention" in name for name in seen.names) == BLOCKS
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        model.train()
+        model(x)
+        model.eval()
+        called = []
+        modules = [module for name, module in model.named_modules() if "mlp" in name or "norm" in name or "ln" in name]
+        for module in (model[1], *modules):
+            hook = module.register_forward_hook(lambda *_: called.append(1))
+            near(model(x), expected)
+            hook.remove()
+        assert len(called) >= 1 + BLOCKS
+        assert not whole
+        near(model(x), expected)
+    assert whole == [True]
+
+
+@builds
+def test_what_the_core_leaves_to_the_steps_is_left_to_them(build, whole: list[bool]) -> None:
+    twin, model = converted(build)
+    with torch.inference_mode():
+        few, long, empty = tokens(2, 3), tokens(1, 8200), tokens(0, 70)
+        near(model(few), twin(few))
+        assert model(empty).shape == (0, 70, WIDTH)
+        assert not whole
+        near(model(long), twin(long))
+        assert whole == [False]
+        twin, model = converted(build, tile=4)
+        x = tokens()
+        near(model(x), twin(x))
+        assert whole == [False]
+
+
+def test_other_sequences_stay_as_they_are() -> None:
+    model = nn.Sequential(torchvision_block(), nn.Identity())
+    folded(model, sb.SupermaskConfig(linear=sb.TileSparsity(0.5, 8)))
+    sb.to_bsr(model)
+    assert type(model) is nn.Sequential
+    assert type(model[0]) is ResidualEncoderBlock
+
+
+def test_dense_attention_is_called(whole: list[bool]) -> None:
+    model = nn.Sequential(timm_block(), timm_block())
+    folded(model, sb.SupermaskConfig(linear=sb.TileSparsity(0.5, 8), scope="mlp"))
+    twin, x = copy.deepcopy(model), tokens()
+    sb.to_bsr(model)
+    assert type(model) is EncoderSequential
+    assert type(model[0]) is ResidualBlock
+    with torch.inference_mode():
+        near(model(x), twin(x))
+    assert not whole
+
+
+@builds
+def test_inference_compiles_whole(build, whole: list[bool]) -> None:
+    _, model = converted(build)
+    x = tokens()
+    torch.compiler.reset()
+    with torch.inference_mode():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        near(compiled(x), expected)
+    assert whole == [True]
