@@ -70,12 +70,17 @@ def test_one_parameter_in_training_is_enough_for_gradients(trained: str) -> None
     assert parameter.grad is not None
 
 
-def test_hooks_are_heard() -> None:
+@pytest.mark.parametrize("how", ["hook", "forward of its own"])
+def test_who_listens_is_heard(how: str) -> None:
     model = sequence().eval()
     fuse_activations(model)
     fuse_feed_forward(model)
     heard = []
-    model[3].register_forward_hook(lambda *_: heard.append(1))
+    own = model[3].forward
+    if how == "hook":
+        model[3].register_forward_hook(lambda *_: heard.append(1))
+    else:
+        model[3].forward = lambda x: heard.append(1) or own(x)
     with torch.inference_mode():
         model(torch.randn(2, 16))
     assert heard

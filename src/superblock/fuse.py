@@ -45,9 +45,9 @@ def count_uses(model: nn.Module) -> Counter[int]:
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether a hook would notice that one of the modules is not called."""
+    """Whether a hook, or a ``forward`` put in place of a module's own, would notice that it is not called."""
     for module in modules:  # noqa: SIM110  Asked between all products, where a generator takes three times as long.
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return True
     return False
 
