@@ -11,6 +11,7 @@ from superblock import BSRMatrix
 from superblock.errors import MatrixError
 from superblock.nn import BSRLinear
 from superblock.ops import cpu, reference
+from superblock.ops.arguments import Weight
 from superblock.ops.attention import attention
 from superblock.self_attention import attend_as_one
 
@@ -29,13 +30,13 @@ HEADS = [
 ]
 
 
-def weights(inner: int, block: int, dtype: torch.dtype) -> tuple[cpu.Weight, cpu.Weight]:
+def weights(inner: int, block: int, dtype: torch.dtype) -> tuple[Weight, Weight]:
     first = (*random_weight(3 * inner, inner, (block, 8), dtype), torch.randn(3 * inner).to(dtype), 3 * inner, inner)
     second = (*random_weight(inner, inner, (8, 8), dtype), torch.randn(inner).to(dtype), inner, inner)
     return first, second
 
 
-def steps(x: Tensor, first: cpu.Weight, second: cpu.Weight, heads: int) -> Tensor:
+def steps(x: Tensor, first: Weight, second: Weight, heads: int) -> Tensor:
     qkv = cpu.linear(x, *first[:4], None, *first[4:], "none")
     parts = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
     return cpu.linear(attention(*parts).transpose(1, 2).flatten(2), *second[:4], x, *second[4:], "none")
@@ -116,7 +117,7 @@ def test_the_op_is_well_formed() -> None:
 
 
 def test_it_stands_aside_where_somebody_could_tell() -> None:
-    def layer(weight: cpu.Weight) -> BSRLinear:
+    def layer(weight: Weight) -> BSRLinear:
         return BSRLinear(BSRMatrix(weight[1], weight[2], weight[0], weight[4:]), weight[3])
 
     first, second = (layer(weight) for weight in weights(32, 16, torch.float32))

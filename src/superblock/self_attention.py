@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 import superblock.ops.self_attention  # noqa: F401  Registers the op.
 from superblock.fuse import fusible, watched
-from superblock.nn import BSRLinear, Norm
+from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
 from superblock.ops import cpu, direct
+from superblock.ops.arguments import Norm, Weight
 from superblock.ops.prepared import Chain
 
 
@@ -44,7 +45,7 @@ def chain_of_attention(
 
 def _plan(
     in_proj: object, out_proj: object, num_heads: int, norm: nn.Module | None, x: Tensor
-) -> tuple[Norm | None, cpu.Weight, cpu.Weight] | None:
+) -> tuple[Norm | None, Weight, Weight] | None:
     """The norm and both weights of an attention that runs as one on ``x``, or ``None``."""
     if type(in_proj) is not BSRLinear or type(out_proj) is not BSRLinear or x.dim() != 3:
         return None

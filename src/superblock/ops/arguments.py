@@ -13,6 +13,8 @@ from superblock.ops import native
 from superblock.ops.indices import Indices, indices_of
 
 Norm = tuple[Tensor | None, Tensor | None, float]  # Weight, bias and epsilon of a layer norm.
+# Values, row and column indices, bias, and the features that go out and come in.
+Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]
 
 
 def weight_of(values: Tensor, indices: Indices, out_features: int, in_features: int) -> ctypes.Structure:

@@ -6,29 +6,18 @@ are turned once a call. No copy of them is kept, so none can be stale.
 
 from __future__ import annotations
 
-import ctypes
 import math
+from ctypes import byref, c_void_p
 
-import torch
 from torch import Tensor, get_num_threads
 
 from superblock.errors import MatrixError
-from superblock.ops import native
-from superblock.ops.arguments import (
-    Norm,
-    UnsupportedError,
-    check,
-    indices_for,
-    residual_rows,
-    rows_of,
-    weight_of,
-)
+from superblock.ops import cpu_gradients, native
+from superblock.ops.arguments import Norm, UnsupportedError, Weight, check, residual_rows, rows_of
 from superblock.ops.cpu_conv2d import conv2d as conv2d
 from superblock.ops.native import pack_rows
 from superblock.ops.native import unsupported as unsupported
-from superblock.ops.prepared import Chain, Prepared, chain, prepare, product_of
-
-Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]
+from superblock.ops.prepared import Chain, Prepared, chain, prepare
 
 
 def linear(
@@ -130,44 +119,23 @@ def grad_values(
     activation: str = "none",
 ) -> Tensor:
     """``dW = dyᵀ act(x)`` at the stored blocks, feature-major."""
-    values = grad.new_empty(col_indices.shape[0], block_width, block_height).transpose(1, 2)
-    indices = indices_for(values, crow_indices, col_indices, out_features, in_features)
-    grad, x = rows_of(grad, out_features, grad.dtype), rows_of(x, in_features, grad.dtype)
-    if len(grad) != len(x):
-        raise MatrixError(f"grad and x must have the same tokens, got {len(grad)} and {len(x)}")
-    sampled = native.Sampled(
-        weight_of(values, indices, out_features, in_features), grad.data_ptr(), x.data_ptr(),
-        len(x), grad.stride(0), x.stride(0), native.DTYPES[x.dtype], native.ACTIVATIONS[activation], get_num_threads(),
-    )  # fmt: skip
-    check(native.library().sb_run_sampled(ctypes.byref(sampled)))
+    sizes = (out_features, in_features, block_height, block_width)
+    sampled, values = cpu_gradients.of_values(grad, x, crow_indices, col_indices, *sizes, activation)
+    check(native.library().sb_run_sampled(byref(sampled)))
     return values
 
 
 def activation_gradient(grad: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """``dz = dy · act'(z)`` and ``db``, its sum over the tokens, in one pass."""
-    features = z.shape[-1]
-    grads, rows = rows_of(grad, features, z.dtype), z.contiguous().view(-1, features)
-    if len(grads) != len(rows):
-        raise MatrixError(f"grad and z must have the same tokens, got {len(grads)} and {len(rows)}")
-    dz, dbias = torch.empty_like(rows), z.new_empty(features)
-    gradient = native.Gradient(
-        grads.data_ptr(), rows.data_ptr(), dz.data_ptr(), dbias.data_ptr(), len(rows), features, grads.stride(0),
-        native.DTYPES[z.dtype], native.ACTIVATIONS[activation], get_num_threads(),
-    )  # fmt: skip
-    check(native.library().sb_run_activation_gradient(ctypes.byref(gradient)))
-    return dz.view(z.shape), dbias
+    gradient, dz, dbias = cpu_gradients.of_activation(grad, z, activation)
+    check(native.library().sb_run_activation_gradient(byref(gradient)))
+    return dz, dbias
 
 
 def bias_gradient(grad: Tensor) -> Tensor:
     """``db``, the sum of ``dy`` over the tokens."""
-    features = grad.shape[-1]
-    rows = rows_of(grad, features, grad.dtype)
-    dbias = grad.new_empty(features)
-    gradient = native.Gradient(
-        rows.data_ptr(), 0, 0, dbias.data_ptr(), len(rows), features, rows.stride(0),
-        native.DTYPES[grad.dtype], native.ACTIVATIONS["none"], get_num_threads(),
-    )  # fmt: skip
-    check(native.library().sb_run_activation_gradient(ctypes.byref(gradient)))
+    gradient, dbias = cpu_gradients.of_bias(grad)
+    check(native.library().sb_run_activation_gradient(byref(gradient)))
     return dbias
 
 
@@ -183,10 +151,7 @@ def feed_forward(
     residual: Tensor | None = None,
     norm: Norm | None = None,
 ) -> Tensor:
-    """``y = act(norm(x) W₁ᵀ + b₁) W₂ᵀ + b₂ + residual``: the hidden activations of a tile of tokens stay in the cache.
-
-    A weight is ``(values, crow_indices, col_indices, bias, out_features, in_features)``.
-    """
+    """``y = act(norm(x) W₁ᵀ + b₁) W₂ᵀ + b₂ + residual``: a tile's hidden activations stay in the cache."""
     if not splits(x):
         return multiply(x, feed_forward_chain(first, activation, second, norm), residual)
     _check_chain(first, second)
@@ -221,24 +186,13 @@ def feed_forward_gradient(
     ``dy W₂`` never passes through memory. The result is the same on any number of threads.
     """
     _check_chain(first, second)
-    rows = rows_of(grad, second[4], first[0].dtype)
     if z.shape != (*grad.shape[:-1], first[4]):
         raise MatrixError(f"z must be {(*grad.shape[:-1], first[4])}, got {tuple(z.shape)}")
-    if splits(rows):
+    if splits(grad):
         dz, dbias = activation_gradient(grad_input(grad, *second[:3], *second[4:]), z, activation)
         return grad_input(dz, *first[:3], *first[4:]), dz, dbias
-    z = z.contiguous()
-    back = prepare(*second[:3], None, second[4:], "none").transposed
-    inner = product_of(back, len(rows))
-    dz, dbias = torch.empty_like(z), z.new_empty(first[4])
-    inner.activation = native.ACTIVATIONS[activation]
-    inner.preactivation, inner.y_stride = dz.data_ptr(), first[4]
-    inner.x, inner.x_stride = rows.data_ptr(), rows.stride(0)
-    outer = product_of(prepare(*first[:3], None, first[4:], "none").transposed, len(rows))
-    dx = grad.new_empty(*grad.shape[:-1], first[5])
-    outer.y, outer.y_stride = dx.data_ptr(), first[5]
-    whole = native.FeedForward(inner, outer, z.data_ptr(), dbias.data_ptr())
-    check(native.library().sb_run_feed_forward(ctypes.byref(whole)))
+    whole, dx, dz, dbias = cpu_gradients.of_feed_forward(grad, z, first, activation, second)
+    check(native.library().sb_run_feed_forward(byref(whole)))
     return dx, dz, dbias
 
 
@@ -289,7 +243,7 @@ def encoder(x: Tensor, blocks: list[tuple[Chain, Chain]]) -> Tensor | None:
     y, between = rows.new_empty(x.shape), rows.new_empty(rows.shape)
     addresses = [chain.address for block in blocks for chain in block]
     status = native.library().sb_run_encoder_rows(
-        (ctypes.c_void_p * len(addresses))(*addresses), len(blocks), between.data_ptr(),
+        (c_void_p * len(addresses))(*addresses), len(blocks), between.data_ptr(),
         pack_rows(rows.data_ptr(), 0, y.data_ptr(), 0, len(rows), rows.stride(0), 0, get_num_threads(), x.shape[0]),
     )  # fmt: skip
     try:

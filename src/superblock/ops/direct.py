@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 
 from superblock.errors import BackendError
 from superblock.ops import cpu, cpu_conv2d
-from superblock.ops.arguments import Norm
+from superblock.ops.arguments import Norm, Weight
 from superblock.ops.convolution import Geometry
 from superblock.ops.native import ACTIVATIONS
 from superblock.ops.prepared import prepare
@@ -52,7 +52,7 @@ def product(
 
 
 def feed_forward(
-    x: Tensor, first: cpu.Weight, activation: str, second: cpu.Weight, residual: Tensor | None, norm: Norm | None
+    x: Tensor, first: Weight, activation: str, second: Weight, residual: Tensor | None, norm: Norm | None
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu.feed_forward`, or ``None``, as above."""
     if activation not in ACTIVATIONS or not is_seen_by_nobody(x) or not _is_plain(residual):
@@ -63,9 +63,7 @@ def feed_forward(
         return None
 
 
-def self_attention(
-    x: Tensor, norm: Norm | None, first: cpu.Weight, second: cpu.Weight, num_heads: int
-) -> Tensor | None:
+def self_attention(x: Tensor, norm: Norm | None, first: Weight, second: Weight, num_heads: int) -> Tensor | None:
     """:func:`superblock.ops.cpu.self_attention`, or ``None``, as above."""
     if not is_seen_by_nobody(x):
         return None
