@@ -37,7 +37,7 @@ def case(args: Any, dtype: torch.dtype, block: int, sparsity: float) -> dict[str
         random_matrix(args.hidden, args.width, block, sparsity, dtype),
         random_matrix(args.width, args.hidden, block, sparsity, dtype),
     ]
-    biases = [torch.randn(matrix.shape[0]).to(dtype) for matrix in matrices]
+    biases = [torch.randn(matrix.shape[0]).to(dtype).requires_grad_() for matrix in matrices]
     up, down = (BSRLinear(matrix, bias) for matrix, bias in zip(matrices, biases, strict=True))
     sparse = nn.Sequential(up, nn.GELU(), down)
     fuse_activations(sparse)

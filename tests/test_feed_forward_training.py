@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from native_cases import DTYPES, assert_near, isa, needs_core, random_weight
+from native_cases import DTYPES, Seen, assert_near, isa, needs_core, random_weight
 from test_bsr import blocky
 from torch import nn
 
@@ -140,7 +140,8 @@ def test_gradients_and_their_gradients(activation: str) -> None:
 
 
 def layer(out_features: int, in_features: int, block: int = 8) -> BSRLinear:
-    return BSRLinear(BSRMatrix.from_dense(blocky((out_features, in_features), block), block), torch.randn(out_features))
+    bias = torch.randn(out_features, requires_grad=True)
+    return BSRLinear(BSRMatrix.from_dense(blocky((out_features, in_features), block), block), bias)
 
 
 def sequence(dropout: float = 0.0, block: int = 8) -> nn.Sequential:
@@ -157,9 +158,13 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The training nodes that a model runs."""
     ran = []
     kernel = cpu.feed_forward_with_preactivation
-    monkeypatch.setattr(
-        cpu, "feed_forward_with_preactivation", lambda *given: (ran.append("feed_forward"), kernel(*given))[1]
-    )
+
+    def noted(*given: object) -> object:
+        result = kernel(*given)
+        ran.append("feed_forward")
+        return result
+
+    monkeypatch.setattr(cpu, "feed_forward_with_preactivation", noted)
     return ran
 
 
@@ -251,3 +256,88 @@ def test_it_compiles_whole_in_training() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for got, expected in zip(gradients(compiled, x), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def undispatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op must not be called."""
+    name = "feed_forward_with_preactivation"
+    monkeypatch.setattr(torch.ops.superblock, name, lambda *_: pytest.fail("dispatched"), raising=False)
+
+
+@needs_core
+@pytest.mark.usefixtures("undispatched", "nan_filled")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_training_goes_past_the_dispatcher(dtype: torch.dtype) -> None:
+    model = sequence().to(dtype)
+    apart = copy.deepcopy(model)
+    apart.__class__ = nn.Sequential
+    inputs = [torch.randn(70, 16), torch.randn(2, 80, 32)[..., ::2], torch.randn(2, 40, 16).transpose(0, 1)]
+    for x in (tensor.to(dtype).requires_grad_() for tensor in inputs):
+        near = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}[dtype]
+        for got, want in zip(_of_a_sum(model, x), _of_a_sum(apart, x), strict=True):
+            torch.testing.assert_close(got, want, rtol=near, atol=near * float(want.detach().abs().max()))
+
+
+def _of_a_sum(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Results and gradients, from one that has no strides."""
+    model.zero_grad()
+    y = model(x)
+    (dx,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    y.sum().backward(inputs=list(model.parameters()))
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        assert parameter.grad.stride() == parameter.stride()
+    return [y, dx, *gradients]
+
+
+@needs_core
+@pytest.mark.usefixtures("undispatched")
+def test_its_gradients_have_gradients() -> None:
+    model, x = sequence(), torch.randn(70, 16, requires_grad=True)
+    apart = copy.deepcopy(model)
+    apart.__class__ = nn.Sequential
+    results = []
+    for one in (model, apart):
+        y = one(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), [x, *one.parameters()]))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.detach().abs().max()))
+
+
+@needs_core
+@pytest.mark.usefixtures("undispatched")
+def test_what_is_kept_can_be_packed_and_must_not_change() -> None:
+    model, x = sequence(), torch.randn(70, 16, requires_grad=True)
+    want = gradients(model, x)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: (packed.append(1), kept.clone())[1], lambda kept: kept):
+        model.zero_grad()
+        x.grad = None
+        model(x).square().sum().backward()
+    assert packed
+    torch.testing.assert_close(x.grad, want[1])
+    x.grad = None
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close(x.grad, want[1])
+    y = model(x)
+    with torch.no_grad():
+        model[0].values.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@needs_core
+def test_who_could_tell_a_training_step_is_told() -> None:
+    model, x = sequence(), torch.randn(70, 16, requires_grad=True)
+    want = gradients(model, x)
+    with Seen() as seen:
+        got = gradients(model, x)
+    assert any("feed_forward_with_preactivation" in name for name in seen.names)
+    torch.testing.assert_close(got, want)
+    y = model(x)
+    with Seen() as seen:
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+    assert any("feed_forward_gradient" in name for name in seen.names)
+    torch.testing.assert_close(dx, want[1])

@@ -6,6 +6,7 @@ So everything is asked and prepared first, and the core then goes through all bl
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from superblock.errors import BackendError
@@ -38,7 +39,7 @@ class EncoderSequential(nn.Sequential):
         return y
 
     def _at_once(self, x: Tensor) -> Tensor | None:
-        if not direct.is_seen_by_nobody(x) or not x.numel():
+        if torch.is_grad_enabled() or not direct.is_seen_by_nobody(x) or not x.numel():
             return None
         blocks = []
         try:

@@ -13,7 +13,7 @@ import superblock.ops.feed_forward_training  # noqa: F401  Both register their o
 from superblock.fuse import alike, comes_from, fusible, watched
 from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
-from superblock.ops import cpu, direct
+from superblock.ops import cpu, direct, direct_training
 from superblock.ops.library import graded
 from superblock.ops.prepared import Chain
 
@@ -96,8 +96,10 @@ def feed_forward(
     in_features, hidden, out_features = first.in_features, first.out_features, second.out_features
     tensors, sizes = (*up, *down, residual), (in_features, hidden, out_features, first.activation)
     if graded(x, *taking_part):
-        y: Tensor = torch.ops.superblock.feed_forward_with_preactivation(x, *tensors, *sizes)[0]
-        return y
+        trained = direct_training.feed_forward(x, *tensors, *sizes)
+        if trained is None:
+            trained = torch.ops.superblock.feed_forward_with_preactivation(x, *tensors, *sizes)[0]
+        return trained
     weights = (*up, hidden, in_features), (*down, out_features, hidden)
     whole = direct.feed_forward(x, weights[0], first.activation, weights[1], residual, inside)
     if whole is None:

@@ -120,7 +120,7 @@ def grad_values(
 ) -> Tensor:
     """``dW = dyᵀ act(x)`` at the stored blocks, feature-major."""
     sizes = (out_features, in_features, block_height, block_width)
-    sampled, values = cpu_gradients.of_values(grad, x, crow_indices, col_indices, *sizes, activation)
+    sampled, values = cpu_gradients.of_values(grad, x, crow_indices, col_indices, sizes, activation)
     check(native.library().sb_run_sampled(byref(sampled)))
     return values
 
@@ -194,6 +194,34 @@ def feed_forward_gradient(
     whole, dx, dz, dbias = cpu_gradients.of_feed_forward(grad, z, first, activation, second)
     check(native.library().sb_run_feed_forward(byref(whole)))
     return dx, dz, dbias
+
+
+def feed_forward_gradients(
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor,
+    first: Weight,
+    activation: str,
+    second: Weight,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``dx`` and ``db₁`` of :func:`feed_forward_gradient`, and what is needed of ``dvalues₁``, ``dvalues₂``, ``db₂``.
+
+    All in one call, of tokens that are not too few.
+    """
+    back, dx, dz, dbias1 = cpu_gradients.of_feed_forward(grad, z, first, activation, second)
+    need_values1, need_values2, need_bias2 = needs
+    of_first = of_second = of_bias = dvalues1 = dvalues2 = dbias2 = None
+    if need_values1:
+        values, crow, col, _, *sizes = first
+        of_first, dvalues1 = cpu_gradients.of_values(dz, x, crow, col, (*sizes, *values.shape[1:]), "none")
+    if need_values2:
+        values, crow, col, _, *sizes = second
+        of_second, dvalues2 = cpu_gradients.of_values(grad, z, crow, col, (*sizes, *values.shape[1:]), activation)
+    if need_bias2:
+        of_bias, dbias2 = cpu_gradients.of_bias(grad)
+    check(native.library().sb_run_feed_forward_gradients(back, of_first, of_second, of_bias))
+    return dx, dbias1, dvalues1, dvalues2, dbias2
 
 
 def _check_chain(first: Weight, second: Weight) -> None:

@@ -14,19 +14,12 @@ from superblock.ops.prepared import prepare, product_of
 
 
 def of_values(
-    grad: Tensor,
-    x: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    out_features: int,
-    in_features: int,
-    block_height: int,
-    block_width: int,
-    activation: str,
+    grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, sizes: tuple[int, int, int, int], activation: str
 ) -> tuple[ctypes.Structure, Tensor]:
-    """``dW = dyᵀ act(x)`` at the stored blocks, feature-major."""
-    values = grad.new_empty(col_indices.shape[0], block_width, block_height).transpose(1, 2)
-    indices = indices_for(values, crow_indices, col_indices, out_features, in_features)
+    """``dW = dyᵀ act(x)`` at the stored blocks, feature-major; sizes are ``out, in, bh, bw``."""
+    out_features, in_features, block_height, block_width = sizes
+    values = grad.new_empty(col.shape[0], block_width, block_height).transpose(1, 2)
+    indices = indices_for(values, crow, col, out_features, in_features)
     grad, x = rows_of(grad, out_features, grad.dtype), rows_of(x, in_features, grad.dtype)
     if len(grad) != len(x):
         raise MatrixError(f"grad and x must have the same tokens, got {len(grad)} and {len(x)}")

@@ -42,7 +42,7 @@ def product(
     Raises:
         MatrixError: shapes, dtypes or devices do not fit.
     """
-    if activation not in ACTIVATIONS or not is_seen_by_nobody(x):
+    if activation not in ACTIVATIONS or is_grad_enabled() or not is_seen_by_nobody(x):
         return None
     try:
         prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
@@ -55,7 +55,7 @@ def feed_forward(
     x: Tensor, first: Weight, activation: str, second: Weight, residual: Tensor | None, norm: Norm | None
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu.feed_forward`, or ``None``, as above."""
-    if activation not in ACTIVATIONS or not is_seen_by_nobody(x) or not _is_plain(residual):
+    if activation not in ACTIVATIONS or is_grad_enabled() or not is_seen_by_nobody(x) or not is_plain(residual):
         return None
     try:
         return cpu.feed_forward(x, first, activation, second, residual, norm)
@@ -65,7 +65,7 @@ def feed_forward(
 
 def self_attention(x: Tensor, norm: Norm | None, first: Weight, second: Weight, num_heads: int) -> Tensor | None:
     """:func:`superblock.ops.cpu.self_attention`, or ``None``, as above."""
-    if not is_seen_by_nobody(x):
+    if is_grad_enabled() or not is_seen_by_nobody(x):
         return None
     try:
         return cpu.self_attention(x, norm, first, second, num_heads)
@@ -81,7 +81,7 @@ def conv2d(
     activation: str,
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu_conv2d.conv2d`, or ``None``, as above."""
-    if activation not in ACTIVATIONS or not is_seen_by_nobody(x) or not _is_plain(residual):
+    if activation not in ACTIVATIONS or is_grad_enabled() or not is_seen_by_nobody(x) or not is_plain(residual):
         return None
     values, crow, col, bias = weight
     try:
@@ -90,15 +90,15 @@ def conv2d(
         return None
 
 
-def _is_plain(residual: Tensor | None) -> bool:
+def is_plain(residual: Tensor | None) -> bool:
+    """Whether there is none, or one that lies as it says."""
     return residual is None or (type(residual) is Tensor and not residual.is_neg())
 
 
 def is_seen_by_nobody(x: Tensor) -> bool:
-    """Whether a product of ``x`` is plain eager inference on the CPU."""
+    """Whether only eager torch would notice a product of ``x``, a plain tensor on the CPU; gradients apart."""
     return not (
         is_dynamo_compiling()
-        or is_grad_enabled()
         or _is_any_autocast_enabled()
         or _get_tracing_state() is not None
         or _len_torch_dispatch_stack()

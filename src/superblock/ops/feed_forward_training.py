@@ -106,14 +106,16 @@ def _bias_gradient(grad: Tensor) -> Tensor:
     return db
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """What :func:`gradients` needs of the op's inputs and results."""
     x, values1, crow1, col1, _, values2, crow2, col2, _, _, *sizes, ctx.activation = inputs
     ctx.sizes = tuple(sizes)
     ctx.save_for_backward(x, output[1], values1, crow1, col1, values2, crow2, col2)
     ctx.set_materialize_grads(False)  # Only y is used: no zeros to add for z.
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> _Gradients:
+def gradients(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> _Gradients:
+    """To every input of the op, each only where it is asked for."""
     need_x, need_values1, _, _, need_bias1, need_values2, _, _, need_bias2, need_residual = ctx.needs_input_grad[:10]
     x, z, values1, crow1, col1, values2, crow2, col2 = ctx.saved_tensors
     in_features, hidden_features, out_features = ctx.sizes
@@ -193,7 +195,7 @@ def _register() -> None:
         _lib.impl(name, compute, "CPU")
         torch.library.register_fake(f"superblock::{name}", fake, lib=_lib)
     torch.library.register_autograd(
-        "superblock::feed_forward_with_preactivation", _backward, setup_context=_context, lib=_lib
+        "superblock::feed_forward_with_preactivation", gradients, setup_context=keep, lib=_lib
     )
 
 

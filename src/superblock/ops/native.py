@@ -135,6 +135,9 @@ def library() -> ctypes.CDLL:
         getattr(core, name).argtypes = [POINTER(structure)]
     # Without argtypes: what checks them takes longer than all else of a call. Both arguments are pointers as they are.
     core.sb_available.restype = core.sb_current_name.restype = c_char_p
+    core.sb_run_feed_forward_gradients.argtypes = [
+        POINTER(FeedForward), POINTER(Sampled), POINTER(Sampled), POINTER(Gradient),
+    ]  # fmt: skip
     core.sb_run_encoder_rows.argtypes = [c_void_p, c_int64, c_void_p, c_char_p]
     core.sb_move_to_huge_pages.argtypes, core.sb_move_to_huge_pages.restype = [c_void_p, c_int64], None
     core.sb_run_peak.argtypes, core.sb_run_peak.restype = [c_int32, c_int64, c_int32], c_double
