@@ -127,23 +127,24 @@ static void lay_out(const sb_panels *p) {
 SB_INLINE void outer_tile(const int rows, const int vectors, const int half, const sb_outer *o, int64_t row,
                           int64_t column) {
     vec acc[16][4];
-    const int64_t height = o->height, width = o->width, lanes = half ? SB_LANES / 2 : SB_LANES;
+    const int64_t height = o->height, width = o->width;
     const float *a = o->a + row, *b = o->b + column;
     float *out = o->out + row * width + column;
     SB_UNROLL for (int i = 0; i < rows; i++)
-        SB_UNROLL for (int v = 0; v < vectors; v++)
-            acc[i][v] = load_part(SB_FLOAT32, out, i * width + v * SB_LANES, lanes);
-    for (int64_t t = 0; t < o->tokens; t++, a += height, b += width) {
+        SB_UNROLL for (int v = 0; v < vectors; v++) acc[i][v] = load_weights(SB_FLOAT32, out, i * width + v * SB_LANES, half);
+    int64_t left = o->tokens;
+    do {
         vec right[4];
         SB_UNROLL for (int v = 0; v < vectors; v++) right[v] = load_weights(SB_FLOAT32, b, v * SB_LANES, half);
         SB_UNROLL for (int i = 0; i < rows; i++) {
-            vec left = splat(a[i]);
-            SB_UNROLL for (int v = 0; v < vectors; v++) acc[i][v] += left * right[v];
+            const vec all = splat(a[i]);
+            SB_UNROLL for (int v = 0; v < vectors; v++) acc[i][v] = accumulate(acc[i][v], all, right[v]);
         }
-    }
+        a += height;
+        b += width;
+    } while (--left > 0);
     SB_UNROLL for (int i = 0; i < rows; i++)
-        SB_UNROLL for (int v = 0; v < vectors; v++)
-            store_part(SB_FLOAT32, out, i * width + v * SB_LANES, lanes, acc[i][v]);
+        SB_UNROLL for (int v = 0; v < vectors; v++) store_sums(half, out + i * width + v * SB_LANES, acc[i][v]);
 }
 
 /* Columns of a block in tiles of `most` rows; heights are multiples of 8, what is left one of `least`. */
