@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -70,18 +71,25 @@ def test_one_parameter_in_training_is_enough_for_gradients(trained: str) -> None
     assert parameter.grad is not None
 
 
-@pytest.mark.parametrize("how", ["hook", "forward of its own"])
+@pytest.mark.parametrize("how", ["hook", "hook on all modules", "forward of its own"])
 def test_who_listens_is_heard(how: str) -> None:
     model = sequence().eval()
     fuse_activations(model)
     fuse_feed_forward(model)
     heard = []
-    own = model[3].forward
+    last, own, listening = model[3], model[3].forward, contextlib.nullcontext()
+
+    def hear(module: nn.Module, *_: object) -> None:
+        if module is last:
+            heard.append(1)
+
     if how == "hook":
-        model[3].register_forward_hook(lambda *_: heard.append(1))
+        last.register_forward_hook(hear)
+    elif how == "hook on all modules":
+        listening = nn.modules.module.register_module_forward_hook(hear)
     else:
-        model[3].forward = lambda x: heard.append(1) or own(x)
-    with torch.inference_mode():
+        last.forward = lambda x: heard.append(1) or own(x)
+    with torch.inference_mode(), listening:
         model(torch.randn(2, 16))
     assert heard
 
