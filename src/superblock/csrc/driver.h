@@ -46,4 +46,7 @@ int sb_arranges_strips(const sb_layer *layer, int64_t tiles, int32_t threads);
 /* Otherwise, those of one layer or two, in one buffer. */
 int sb_arrange(sb_layer *first, sb_layer *second, int32_t threads);
 
+/* Whether an attention of so many tokens in so many sequences is better run whole than in its three steps. */
+int sb_attends_as_one(const sb_self_attention *a, int64_t tokens, int64_t sequences, int32_t threads);
+
 #endif

@@ -1,9 +1,11 @@
 /* Several products in one call: what Python does between two of them comes from the outer caches each time. */
-#include "superblock.h"
+#include "driver.h"
 
 #include <stddef.h>
 
 SB_API int sb_run_encoder_rows(const sb_encoder_block *blocks, int64_t count, void *between, const sb_rows *rows) {
+    for (int64_t i = 0; i < count; i++)
+        if (!sb_attends_as_one(blocks[i].attention, rows->tokens, rows->sequences, rows->threads)) return SB_UNSUPPORTED;
     sb_rows own = *rows;
     own.preactivation = NULL;
     for (int64_t i = 0; i < count; i++) {

@@ -150,17 +150,23 @@ static int run_heads(self_attention_job *job) {
 
 static int shares_out(int64_t items, int64_t threads) { return items % threads == 0 || items >= 4 * threads; }
 
-SB_API int sb_run_self_attention(const sb_self_attention *a) {
+int sb_attends_as_one(const sb_self_attention *a, int64_t tokens, int64_t sequences, int32_t threads) {
     enum { CACHED_BYTES = 1 << 20 }; /* the tokens of a sequence, and what becomes of them, stay in the caches */
-    self_attention_job job = {.a = a, .unit = heads_a_unit(a)};
-    if (!job.unit) return SB_UNSUPPORTED;
+    const int64_t unit = heads_a_unit(a);
+    if (!unit) return 0;
+    if (!sequences || !tokens) return 1;
+    const int64_t bytes = tokens / sequences * a->projection.weight.in_features * sb_size_of(a->projection.dtype);
+    return bytes <= CACHED_BYTES && (shares_out(sequences, threads) || shares_out(sequences * a->heads / unit, threads));
+}
+
+SB_API int sb_run_self_attention(const sb_self_attention *a) {
+    if (!sb_attends_as_one(a, a->projection.tokens, a->sequences, a->threads)) return SB_UNSUPPORTED;
     if (!a->sequences || !a->projection.tokens) return SB_OK;
+    self_attention_job job = {.a = a, .unit = heads_a_unit(a)};
     const int32_t dtype = a->projection.dtype;
     const int64_t size = sb_size_of(dtype);
     job.units = a->heads / job.unit;
     job.tokens = a->projection.tokens / a->sequences;
-    const int by_sequence = shares_out(a->sequences, a->threads), by_head = shares_out(a->sequences * job.units, a->threads);
-    if (job.tokens * a->projection.weight.in_features * size > CACHED_BYTES || !(by_sequence || by_head)) return SB_UNSUPPORTED;
     job.kernels = sb_kernels_for(dtype, job.tokens);
     sb_layer_init(&job.projection, &a->projection.weight, dtype, job.tokens);
     sb_layer_init(&job.output, &a->output.weight, dtype, job.tokens);
@@ -173,5 +179,5 @@ SB_API int sb_run_self_attention(const sb_self_attention *a) {
     job.packed_bytes = sb_align((size_t)(padded_tokens * widest));
     job.unit_bytes = sb_align((size_t)(job.tokens * 3 * job.unit * a->features * size));
     job.heads_bytes = (size_t)(job.tokens * a->heads * a->features * size);
-    return by_sequence ? run_sequences(&job) : run_heads(&job);
+    return shares_out(a->sequences, a->threads) ? run_sequences(&job) : run_heads(&job);
 }

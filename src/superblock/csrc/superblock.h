@@ -110,7 +110,7 @@ typedef struct {
     int32_t threads;
 } sb_self_attention;
 
-/* y = z + feed_forward(z), z = x + attention(x): a block of an encoder. */
+/* z = y + feed_forward(y), y = x + attention(x): a block of an encoder. */
 typedef struct {
     const sb_self_attention *attention;
     const sb_feed_forward *feed_forward;
@@ -127,8 +127,8 @@ SB_API int sb_run_attention(const sb_attention *attention);
  * time: of long sequences, and where neither sequences nor heads can be shared out to the threads. */
 SB_API int sb_run_self_attention(const sb_self_attention *attention);
 SB_API int sb_run_self_attention_rows(const sb_self_attention *attention, const sb_rows *rows);
-/* So many blocks in turn, as many features wide as the next; `between` has room for as much as y. Residuals and
- * preactivations of `rows` are ignored. SB_UNSUPPORTED as above, after which y holds nothing of use. */
+/* So many blocks in turn, each as wide as the next; `between` has room for as much as y. Residuals and preactivations of
+ * `rows` are ignored. SB_UNSUPPORTED as above, before anything has run. */
 SB_API int sb_run_encoder_rows(const sb_encoder_block *blocks, int64_t count, void *between, const sb_rows *rows);
 /* The gradients of a feed-forward in turn: `back` as above, then those of both values and of the second bias, unless NULL. */
 SB_API int sb_run_feed_forward_gradients(const sb_feed_forward *back, const sb_sampled *first, const sb_sampled *second,
