@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import superblock as sb
 from superblock.encoder import EncoderSequential
+from superblock.nn import BSRLinear
 from superblock.ops import cpu
 from superblock.residual import ResidualBlock, ResidualEncoderBlock
 
@@ -186,12 +187,78 @@ def test_what_the_core_leaves_to_the_steps_is_left_to_them(build, whole: list[bo
         assert whole == [False]
 
 
-def test_other_sequences_stay_as_they_are() -> None:
-    model = nn.Sequential(torchvision_block(), nn.Identity())
+class Stack(nn.Sequential):
+    """What somebody else relies on."""
+
+    @property
+    def depth(self) -> int:
+        return len(self)
+
+
+@pytest.mark.parametrize("stack", [Stack, lambda block: nn.Sequential(block, nn.Identity())])
+def test_other_sequences_stay_as_they_are(stack) -> None:
+    model = stack(torchvision_block())
+    kind = type(model)
     folded(model, sb.SupermaskConfig(linear=sb.TileSparsity(0.5, 8)))
     sb.to_bsr(model)
-    assert type(model) is nn.Sequential
+    assert type(model) is kind
     assert type(model[0]) is ResidualEncoderBlock
+
+
+@builds
+def test_a_class_derived_from_a_block_is_called(build, whole: list[bool]) -> None:
+    _, model = converted(build)
+    x = tokens()
+
+    class Louder(type(model[1])):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 100
+
+    with torch.inference_mode():
+        before = model[:1](x)
+        model[0].__class__ = Louder
+        near(model[:1](x), before + 100)
+    assert whole == [True]
+
+
+@builds
+def test_a_block_that_was_compiled_is_called(build, whole: list[bool]) -> None:
+    _, model = converted(build)
+    seen = []
+    torch.compiler.reset()
+    with torch.inference_mode():
+        expected = model(tokens())
+        model[1].compile(backend=lambda graph, _: (seen.append(1), graph)[1])
+        assert model(tokens()).shape == expected.shape
+    assert seen
+    assert whole == [True]
+
+
+@builds
+def test_one_block_that_is_left_to_its_steps_leaves_all(build, whole: list[bool]) -> None:
+    _, model = converted(build)
+    _, others = converted(build, tile=24)  # Which two heads of 16 do not cover.
+    x = tokens()
+    with torch.inference_mode():
+        expected = others[0](model[0](x))
+        model = EncoderSequential(model[0], others[0])
+        near(model(x), expected)
+    assert whole == [False]
+
+
+@builds
+def test_what_had_to_be_copied_lives_until_it_is_read(build) -> None:
+    _, model = converted(build)
+    x = tokens()
+    with torch.no_grad():
+        expected = model(x)
+        for layer in model.modules():
+            if isinstance(layer, BSRLinear):
+                layer.bias.data = torch.stack([layer.bias, layer.bias], 1)[:, 0]
+        for _ in range(10):
+            near(model(x), expected)
+            junk = [torch.full((size,), 1e9) for size in (WIDTH, 2 * WIDTH, 3 * WIDTH)]
+            del junk
 
 
 def test_dense_attention_is_called(whole: list[bool]) -> None:

@@ -71,7 +71,7 @@ def test_one_parameter_in_training_is_enough_for_gradients(trained: str) -> None
     assert parameter.grad is not None
 
 
-@pytest.mark.parametrize("how", ["hook", "hook on all modules", "forward of its own"])
+@pytest.mark.parametrize("how", ["hook", "hook on all modules", "backward hook", "forward of its own"])
 def test_who_listens_is_heard(how: str) -> None:
     model = sequence().eval()
     fuse_activations(model)
@@ -87,10 +87,12 @@ def test_who_listens_is_heard(how: str) -> None:
         last.register_forward_hook(hear)
     elif how == "hook on all modules":
         listening = nn.modules.module.register_module_forward_hook(hear)
+    elif how == "backward hook":
+        last.register_full_backward_hook(hear)
     else:
         last.forward = lambda x: heard.append(1) or own(x)
-    with torch.inference_mode(), listening:
-        model(torch.randn(2, 16))
+    with listening:
+        model(torch.randn(2, 16)).sum().backward()
     assert heard
 
 

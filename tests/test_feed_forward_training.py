@@ -341,3 +341,43 @@ def test_who_could_tell_a_training_step_is_told() -> None:
         (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert any("feed_forward_gradient" in name for name in seen.names)
     torch.testing.assert_close(dx, want[1])
+
+
+@needs_core
+def test_gradients_of_a_batch_of_gradients() -> None:
+    model, x = sequence(), torch.randn(60, 16, requires_grad=True)
+    y, upstream = model(x), torch.randn(3, 60, 16)
+    (batch,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+    for gradient, grad in zip(batch, upstream, strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without data of its own, as libraries that shard or quantize have them."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def inner(value: object) -> object:
+            return value.inner if isinstance(value, Wrapped) else value
+
+        return function(*map(inner, args), **{name: inner(value) for name, value in (kwargs or {}).items()})
+
+
+@needs_core
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_bias_that_wraps_another_is_unwrapped(place: int) -> None:
+    model, x = sequence(), torch.randn(70, 16, requires_grad=True)
+    expected = model(x)
+    bias = model[place].bias.detach()
+    del model[place].bias
+    model[place].bias = Wrapped(bias)
+    torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)

@@ -224,3 +224,23 @@ def test_dense_attention_beside_a_sparse_feed_forward_gives_the_same(
         compare()
     compare()
     assert len(calls) == 2
+
+
+@needs_core
+def test_dense_attention_where_its_projection_cannot_add() -> None:
+    model = nn.Sequential(encoder_block(), nn.Identity())
+    folded(model, sb.SupermaskConfig(linear=sb.TileSparsity(0.5, 8), scope="mlp"))
+    sb.to_bsr(model)
+    weights = {"0.self_attention.out_proj.weight": torch.randn(3, 16, 16)}
+
+    def run(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, TOKENS)
+
+    with torch.no_grad():
+        batch = torch.func.vmap(run)(weights)
+        for one, y in zip(weights["0.self_attention.out_proj.weight"], batch, strict=True):
+            torch.testing.assert_close(run({"0.self_attention.out_proj.weight": one}), y, rtol=1e-4, atol=1e-4)
+        narrow = copy.deepcopy(model)
+        narrow[0].self_attention.bfloat16()
+        narrow[0].ln_1.register_forward_hook(lambda _, __, y: y.bfloat16())
+        torch.testing.assert_close(narrow(TOKENS), model(TOKENS), rtol=0.1, atol=0.1)

@@ -6,12 +6,12 @@ So everything is asked and prepared first, and the core then goes through all bl
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from superblock.errors import BackendError
-from superblock.fuse import watched
+from superblock.fuse import is_plain_sequence, watched
 from superblock.ops import cpu, direct
+from superblock.ops.prepared import Chain
 from superblock.residual import ResidualBlock, ResidualEncoderBlock
 
 _BLOCKS = (ResidualEncoderBlock, ResidualBlock)
@@ -24,7 +24,7 @@ def fuse_encoders(model: nn.Module) -> None:
     drops out or a gradient is asked for, blocks are called one after the other.
     """
     for module in model.modules():
-        if isinstance(module, nn.Sequential) and _has_only_blocks(module):
+        if is_plain_sequence(module) and len(module) and all(type(child) in _BLOCKS for child in module):
             module.__class__ = EncoderSequential
 
 
@@ -39,12 +39,12 @@ class EncoderSequential(nn.Sequential):
         return y
 
     def _at_once(self, x: Tensor) -> Tensor | None:
-        if torch.is_grad_enabled() or not direct.is_seen_by_nobody(x) or not x.numel():
+        if not direct.infers_unseen(x) or not x.numel():
             return None
         blocks = []
         try:
             for block in self._modules.values():
-                chains = block.chains(x) if isinstance(block, _BLOCKS) and not watched(block) else None
+                chains = _chains_of(block, x)
                 if chains is None:
                     return None
                 blocks.append(chains)
@@ -53,6 +53,7 @@ class EncoderSequential(nn.Sequential):
             return None
 
 
-def _has_only_blocks(module: nn.Sequential) -> bool:
-    plain = type(module).forward is nn.Sequential.forward
-    return plain and len(module) > 0 and all(isinstance(child, _BLOCKS) for child in module)
+def _chains_of(block: nn.Module, x: Tensor) -> tuple[Chain, Chain] | None:
+    if not isinstance(block, _BLOCKS) or type(block) not in _BLOCKS:  # A class derived from one may do more.
+        return None
+    return None if watched(block) else block.chains(x)

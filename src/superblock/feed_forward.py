@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import superblock.ops.feed_forward
 import superblock.ops.feed_forward_training  # noqa: F401  Both register their ops.
-from superblock.fuse import alike, comes_from, fusible, watched
+from superblock.fuse import alike, comes_from, fusible, is_plain_sequence, watched
 from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
 from superblock.ops import cpu, direct, direct_training
@@ -27,13 +27,13 @@ def fuse_feed_forward(model: nn.Module) -> None:
     between or behind the layers is active, they run one after the other.
     """
     for module in model.modules():
-        if type(module).forward is nn.Sequential.forward and isinstance(module, nn.Sequential):
+        if is_plain_sequence(module):
             steps = [child for child in module if not _may_pass(child)]
-            if any(chains(first, second) for first, second in pairwise(steps)):
+            if any(is_pair(first, second) for first, second in pairwise(steps)):
                 module.__class__ = FeedForwardSequential
         elif comes_from(module, "timm.", "Mlp"):
             idle = (module.act, module.drop1, module.norm, module.drop2)
-            if chains(module.fc1, module.fc2) and _may_pass(*idle):
+            if is_pair(module.fc1, module.fc2) and _may_pass(*idle):
                 module.__class__ = FeedForwardMlp
 
 
@@ -43,7 +43,7 @@ class FeedForwardSequential(nn.Sequential):
     def forward(self, x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
         steps = [child for child in self._modules.values() if not passes(child)]
         while steps:
-            pair = len(steps) > 1 and chains(steps[0], steps[1])
+            pair = len(steps) > 1 and is_pair(steps[0], steps[1])
             if norm is not None and not pair:
                 x, norm = norm(x), None
             if pair:
@@ -58,7 +58,7 @@ class FeedForwardSequential(nn.Sequential):
     def pair(self) -> tuple[BSRLinear, BSRLinear] | None:
         """The two layers that are all there is now, or ``None``."""
         steps = [child for child in self._modules.values() if not passes(child)]
-        return (steps[0], steps[1]) if len(steps) == 2 and chains(*steps) else None  # type: ignore[return-value]
+        return (steps[0], steps[1]) if len(steps) == 2 and is_pair(*steps) else None  # type: ignore[return-value]
 
 
 class FeedForwardMlp(nn.Module):
@@ -75,11 +75,11 @@ class FeedForwardMlp(nn.Module):
         return y if residual is None else y + residual
 
     def pair(self) -> tuple[BSRLinear, BSRLinear] | None:
-        """As above."""
+        """``fc1`` and ``fc2``, if they are all there is now, or ``None``."""
         parts: dict[str, Any] = self._modules
         first, second = parts["fc1"], parts["fc2"]
         idle = passes(parts["act"], parts["drop1"], parts["norm"], parts["drop2"])
-        return (first, second) if idle and chains(first, second) else None
+        return (first, second) if idle and is_pair(first, second) else None
 
 
 def feed_forward(
@@ -138,7 +138,7 @@ def _may_pass(*modules: object) -> bool:
     return all(isinstance(module, _STILL) and not watched(module) for module in modules)
 
 
-def chains(first: object, second: object) -> bool:
+def is_pair(first: object, second: object) -> bool:
     """Whether two layers can run as one, seen by nobody."""
     return (
         type(first) is BSRLinear

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules import module as _all_modules
 
 from superblock.nn import BSRConv2d, BSRLinear, FoldedBatchNorm
 from superblock.ops.library import graded
@@ -46,13 +47,33 @@ def count_uses(model: nn.Module) -> Counter[int]:
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether a hook, or a ``forward`` put in place of a module's own, would notice that it is not called."""
-    if _global_forward_hooks or _global_forward_pre_hooks:
+    """Whether a hook would notice that one of the modules is not called, or what was put in place of its own call."""
+    if (
+        _all_modules._global_forward_hooks
+        or _all_modules._global_forward_pre_hooks
+        or _all_modules._global_backward_hooks
+        or _all_modules._global_backward_pre_hooks
+    ):
         return True
-    for module in modules:  # noqa: SIM110  Asked between all products, where a generator takes three times as long.
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    for module in modules:  # Asked between all products, where a generator takes three times as long.
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or module._compiled_call_impl is not None
+            or "forward" in module.__dict__
+        ):
             return True
     return False
+
+
+def is_plain_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether a module only calls its children in turn, of a class that another one can take the place of."""
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        return False
+    own = type(module).__mro__[: type(module).__mro__.index(nn.Sequential)]
+    return all(name.startswith("_") for kind in own for name in vars(kind))
 
 
 def fusible(x: Tensor, *tensors: Tensor | None) -> bool:

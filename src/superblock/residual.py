@@ -12,14 +12,15 @@ from superblock.feed_forward import (
     FeedForwardMlp,
     FeedForwardSequential,
     chain_of_feed_forward,
-    chains,
     feed_forward,
+    is_pair,
     passes,
 )
 from superblock.fuse import activation_name, comes_from, watched
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, FoldedBatchNorm
 from superblock.normalized import norm_of
 from superblock.ops.attention import attention
+from superblock.ops.direct import infers_unseen
 from superblock.ops.prepared import Chain
 from superblock.self_attention import attend_as_one, chain_of_attention
 
@@ -92,15 +93,12 @@ class ResidualEncoderBlock(nn.Module):
         return _add_feed_forward(parts["mlp"], parts["ln_2"], x)
 
     def chains(self, x: Tensor) -> tuple[Chain, Chain] | None:
-        """Attention and feed-forward, prepared for tokens like ``x`` in plain inference; ``None``: call the block."""
+        """Both halves prepared for tokens like ``x`` in plain inference, or ``None`` where the block must be called."""
         parts: dict[str, Any] = self._modules
-        attention = parts["self_attention"]
-        if self.training or not passes(parts["dropout"]) or not _adds(attention) or not attention.batch_first:
+        attn = parts["self_attention"]
+        if self.training or not passes(parts["dropout"]) or not _adds(attn) or not attn.batch_first:
             return None
-        inner = attention._modules
-        first = chain_of_attention(inner["in_proj"], inner["out_proj"], attention.num_heads, parts["ln_1"], x)
-        second = None if first is None else chain_of_feed_forward(parts["mlp"], parts["ln_2"], x)
-        return None if first is None or second is None else (first, second)
+        return _chains(attn, ("in_proj", "out_proj"), parts["ln_1"], parts["mlp"], parts["ln_2"], x)
 
 
 class ResidualBlock(nn.Module):
@@ -125,13 +123,10 @@ class ResidualBlock(nn.Module):
     def chains(self, x: Tensor) -> tuple[Chain, Chain] | None:
         """As of :class:`ResidualEncoderBlock`."""
         parts: dict[str, Any] = self._modules
-        attention, idle = parts["attn"], (parts["ls1"], parts["drop_path1"], parts["ls2"], parts["drop_path2"])
-        if self.training or not passes(*idle) or not _is_plain_attention(attention):
+        attn, idle = parts["attn"], (parts["ls1"], parts["drop_path1"], parts["ls2"], parts["drop_path2"])
+        if self.training or not passes(*idle) or not _is_plain_attention(attn):
             return None
-        inner = attention._modules
-        first = chain_of_attention(inner["qkv"], inner["proj"], attention.num_heads, parts["norm1"], x)
-        second = None if first is None else chain_of_feed_forward(parts["mlp"], parts["norm2"], x)
-        return None if first is None or second is None else (first, second)
+        return _chains(attn, ("qkv", "proj"), parts["norm1"], parts["mlp"], parts["norm2"], x)
 
 
 class ResidualEncoderLayer(nn.TransformerEncoderLayer):
@@ -168,7 +163,7 @@ class ResidualEncoderLayer(nn.TransformerEncoderLayer):
         return super()._ff_block(x)
 
     def _runs_as_one(self) -> bool:
-        return passes(self.activation, self.dropout) and chains(self.linear1, self.linear2)
+        return passes(self.activation, self.dropout) and is_pair(self.linear1, self.linear2)
 
 
 def _attend(attention: BSRMultiheadAttention, norm: nn.Module | None, x: Tensor, **masks: Tensor | None) -> Tensor:
@@ -188,9 +183,11 @@ def _attend_densely(attn: nn.MultiheadAttention, x: Tensor, residual: Tensor) ->
     """``attn(x) + residual``, around this library's attention: the dense out-projection adds to the residual."""
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
     heads = attention(*(part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in qkv))
-    out = attn.out_proj
-    added = (residual.clone() if out.bias is None else residual + out.bias).flatten(0, 1)
-    return added.addmm_(heads.transpose(1, 2).flatten(2).flatten(0, 1), out.weight.t()).view_as(residual)
+    out, heads = attn.out_proj, heads.transpose(1, 2).flatten(2)
+    if out.bias is None or heads.dtype != residual.dtype or not infers_unseen(x):
+        return F.linear(heads, out.weight, out.bias) + residual
+    added = (residual + out.bias).flatten(0, 1)
+    return added.addmm_(heads.flatten(0, 1), out.weight.t()).view_as(residual)
 
 
 def _infers(x: Tensor) -> bool:
@@ -209,6 +206,16 @@ def _is_plain_torch(attn: nn.Module) -> bool:
         and not attn.add_zero_attn
         and not watched(attn, attn.out_proj)
     )
+
+
+def _chains(
+    attn: nn.Module, projections: tuple[str, str], norm: nn.Module, mlp: nn.Module, mlp_norm: nn.Module, x: Tensor
+) -> tuple[Chain, Chain] | None:
+    """Of the attention between these projections, and of the feed-forward after it."""
+    into, out = (attn._modules[name] for name in projections)
+    first = chain_of_attention(into, out, attn.num_heads, norm, x)  # type: ignore[arg-type]
+    second = None if first is None else chain_of_feed_forward(mlp, mlp_norm, x)
+    return None if first is None or second is None else (first, second)
 
 
 def _add_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:

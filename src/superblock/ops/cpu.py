@@ -263,7 +263,7 @@ def self_attention_chain(first: Weight, second: Weight, norm: Norm | None, num_h
 
 
 def encoder(x: Tensor, blocks: list[tuple[Chain, Chain]]) -> Tensor | None:
-    """``z = y + feed_forward(y)`` of ``y = x + self_attention(x)``, then the next block of ``z``: all in one call.
+    """``z = y + feed_forward(y)``, ``y = x + self_attention(x)``, then the next block of ``z``: all in one call.
 
     ``x [n, l, e]`` is not empty, and every chain takes and gives ``e`` features. ``None`` as in :func:`self_attention`.
     """

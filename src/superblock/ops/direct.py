@@ -1,4 +1,4 @@
-"""The shortest way to the native core: eager products in inference that nothing else has to see.
+"""The shortest way to the native core: eager products that nothing else has to see.
 
 torch's dispatcher and the checks before it take longer than a small layer's product. They matter to gradients,
 autocast, traces, modes and transforms; where there is none of those, the core is called without them.
@@ -42,7 +42,7 @@ def product(
     Raises:
         MatrixError: shapes, dtypes or devices do not fit.
     """
-    if activation not in ACTIVATIONS or is_grad_enabled() or not is_seen_by_nobody(x):
+    if activation not in ACTIVATIONS or is_grad_enabled() or not is_seen_by_nobody(x):  # Without a call for both.
         return None
     try:
         prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
@@ -55,7 +55,7 @@ def feed_forward(
     x: Tensor, first: Weight, activation: str, second: Weight, residual: Tensor | None, norm: Norm | None
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu.feed_forward`, or ``None``, as above."""
-    if activation not in ACTIVATIONS or is_grad_enabled() or not is_seen_by_nobody(x) or not is_plain(residual):
+    if activation not in ACTIVATIONS or not infers_unseen(x) or not is_read_as_it_lies(residual):
         return None
     try:
         return cpu.feed_forward(x, first, activation, second, residual, norm)
@@ -65,7 +65,7 @@ def feed_forward(
 
 def self_attention(x: Tensor, norm: Norm | None, first: Weight, second: Weight, num_heads: int) -> Tensor | None:
     """:func:`superblock.ops.cpu.self_attention`, or ``None``, as above."""
-    if is_grad_enabled() or not is_seen_by_nobody(x):
+    if not infers_unseen(x):
         return None
     try:
         return cpu.self_attention(x, norm, first, second, num_heads)
@@ -81,7 +81,7 @@ def conv2d(
     activation: str,
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu_conv2d.conv2d`, or ``None``, as above."""
-    if activation not in ACTIVATIONS or is_grad_enabled() or not is_seen_by_nobody(x) or not is_plain(residual):
+    if activation not in ACTIVATIONS or not infers_unseen(x) or not is_read_as_it_lies(residual):
         return None
     values, crow, col, bias = weight
     try:
@@ -90,13 +90,18 @@ def conv2d(
         return None
 
 
-def is_plain(residual: Tensor | None) -> bool:
-    """Whether there is none, or one that lies as it says."""
+def is_read_as_it_lies(residual: Tensor | None) -> bool:
+    """Whether there is none, or a plain tensor whose memory holds its values: not a negation put off, nor a wrapper."""
     return residual is None or (type(residual) is Tensor and not residual.is_neg())
 
 
+def infers_unseen(x: Tensor) -> bool:
+    """Whether ``x`` is a plain tensor on the CPU, in eager inference that nobody watches."""
+    return not is_grad_enabled() and is_seen_by_nobody(x)
+
+
 def is_seen_by_nobody(x: Tensor) -> bool:
-    """Whether only eager torch would notice a product of ``x``, a plain tensor on the CPU; gradients apart."""
+    """The same with or without gradients."""
     return not (
         is_dynamo_compiling()
         or _is_any_autocast_enabled()

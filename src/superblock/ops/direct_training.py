@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import Parameter
 
 from superblock.errors import BackendError
 from superblock.ops import cpu, feed_forward_training
-from superblock.ops.direct import is_plain, is_seen_by_nobody
+from superblock.ops.direct import is_read_as_it_lies, is_seen_by_nobody
 from superblock.ops.native import ACTIVATIONS
 
 _PLAIN = (Tensor, Parameter)
@@ -33,9 +34,9 @@ def feed_forward(
     activation: str,
 ) -> Tensor | None:
     """The op ``feed_forward_with_preactivation``'s result, or ``None`` where the op must be called."""
-    if activation not in ACTIVATIONS or not is_seen_by_nobody(x) or not is_plain(residual):
+    if activation not in ACTIVATIONS or not is_seen_by_nobody(x) or not is_read_as_it_lies(residual):
         return None
-    if type(values1) not in _PLAIN or type(values2) not in _PLAIN:
+    if any(tensor is not None and type(tensor) not in _PLAIN for tensor in (values1, bias1, values2, bias2)):
         return None
     try:
         y: Tensor = _FeedForward.apply(
@@ -62,7 +63,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> Any:
         need_x, need_values1, _, _, need_bias1, need_values2, _, _, need_bias2, need_added, *_ = ctx.needs_input_grad
         again = torch.is_grad_enabled() or grad_z is not None  # What the core gives has no gradient of its own.
-        if again or grad is None or not need_x or not is_seen_by_nobody(grad) or cpu.splits(grad):
+        if again or grad is None or not need_x or not _has_values(grad) or cpu.splits(grad):
             return feed_forward_training.gradients(ctx, grad, grad_z)
         x, z, values1, crow1, col1, values2, crow2, col2 = ctx.saved_tensors
         in_, hidden, out = ctx.sizes
@@ -72,3 +73,8 @@ class _FeedForward(torch.autograd.Function):
         )
         into = (dx, dvalues1, None, None, dbias1 if need_bias1 else None)
         return *into, dvalues2, None, None, dbias2, grad if need_added else None, None, None, None, None
+
+
+def _has_values(grad: Tensor) -> bool:
+    """Whether a gradient is a plain tensor in memory: not a batch, which ``is_grads_batched`` hides, nor bare zeros."""
+    return is_seen_by_nobody(grad) and not is_legacy_batchedtensor(grad) and not grad._is_zerotensor()

@@ -133,7 +133,7 @@ def library() -> ctypes.CDLL:
         ("sb_run_self_attention", SelfAttention),
     ):
         getattr(core, name).argtypes = [POINTER(structure)]
-    # Without argtypes: what checks them takes longer than all else of a call. Both arguments are pointers as they are.
+    # Those that run rows go without argtypes: what checks them takes longer than all else of a call.
     core.sb_available.restype = core.sb_current_name.restype = c_char_p
     core.sb_run_feed_forward_gradients.argtypes = [
         POINTER(FeedForward), POINTER(Sampled), POINTER(Sampled), POINTER(Gradient),

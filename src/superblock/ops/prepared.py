@@ -56,7 +56,7 @@ class Chain:
     """A product that may normalize its rows, and one that may follow it, that lack only those rows."""
 
     run: Callable[[bytes], int]
-    address: int  # Of the structure that it runs.
+    address: int  # Of the structure that it runs, which lives as long as this does.
     dtype: torch.dtype
     out_features: int  # Of the last.
     in_features: int  # Of the first.
@@ -105,6 +105,9 @@ def _build(
 ) -> Prepared:
     if values.dim() != 3 or not values.is_cpu:
         raise MatrixError(f"values must be [nnz, bh, bw] on cpu, got {tuple(values.shape)} on {values.device}")
+    for tensor in (values, bias):
+        if tensor is not None and tensor.numel() and not tensor.data_ptr():  # It only wraps others.
+            raise BackendError(f"the native core reads tensors with data of their own, not a {type(tensor).__name__}")
     reason = native.unsupported(values.dtype, *values.shape[1:])
     if reason is not None:
         raise BackendError(reason)
@@ -156,7 +159,7 @@ def chain(first: Prepared, second: Prepared | None, norm: Norm | None, heads: in
         function = core.sb_run_self_attention_rows
     else:
         whole, function = native.FeedForward(inner, second.product), core.sb_run_feed_forward_rows
-    whole.alive = copies
+    whole.alive = copies, first.copies, first.indices  # And the second, which the chain keeps.
     run, address = partial(function, ctypes.byref(whole)), ctypes.addressof(whole)
     made = Chain(run, address, first.dtype, last.out_features, first.in_features, made_of)
     if not copies and not last.copies:
