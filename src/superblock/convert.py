@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from superblock.batch_norm import fold_batch_norms
 from superblock.bsr import BSRMatrix
-from superblock.encoder import fuse_encoders
 from superblock.errors import ConfigError, ModelError
 from superblock.feed_forward import fuse_feed_forward
 from superblock.fuse import fuse_activations
@@ -18,6 +17,7 @@ from superblock.ops import cpu
 from superblock.ops.convolution import matrix_of
 from superblock.report import LayerReport, Report
 from superblock.residual import fuse_residuals
+from superblock.sequences import fuse_sequences
 from superblock.surgery import Fold, folds, folds_of, masked_weights
 
 ATTENTION_PARTS = {"in_proj_weight": "in_proj", "out_proj.weight": "out_proj"}
@@ -78,7 +78,7 @@ def fuse(model: nn.Module) -> None:
     fuse_activations(model)
     fuse_feed_forward(model)
     fuse_residuals(model)
-    fuse_encoders(model)
+    fuse_sequences(model)
     if any(isinstance(module, BSRConv2d) for module in model.modules()):
         for module in model.modules():
             if isinstance(module, nn.Conv2d):  # Torch's convolutions answer in the memory format of their weight.

@@ -16,6 +16,7 @@ from superblock.ops.arguments import Norm as Norm
 from superblock.ops.attention import attention
 from superblock.ops.conv2d import bsr_conv2d
 from superblock.ops.convolution import dense_kernel
+from superblock.ops.cpu_conv2d import Turns
 from superblock.ops.layout import feature_major
 from superblock.ops.library import product
 
@@ -209,6 +210,14 @@ class BSRConv2d(BSRWeight):
             activation,
         )
         return y if x.dim() == 4 else y.squeeze(0)
+
+    def defer(self, x: Tensor, activation: str, residual: Tensor | None, turns: Turns) -> Tensor | None:
+        """:meth:`convolve`, in its turn, or ``None`` where that is more than one product; ``x [n, in, h, w]``."""
+        padding = self.padding
+        if self.groups != 1 or len(padding) != 2 or (any(padding) and self.padding_mode != "zeros"):
+            return None
+        geometry = self.kernel_shape, self.stride, (padding[0], padding[1]), self.dilation, 1
+        return turns.add(x, self.tensors, residual, geometry, activation)
 
     def extra_repr(self) -> str:
         _, channels, *kernel = self.kernel_shape

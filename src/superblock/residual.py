@@ -20,6 +20,7 @@ from superblock.fuse import activation_name, comes_from, watched
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, FoldedBatchNorm
 from superblock.normalized import norm_of
 from superblock.ops.attention import attention
+from superblock.ops.cpu_conv2d import Turns
 from superblock.ops.direct import infers_unseen
 from superblock.ops.prepared import Chain
 from superblock.self_attention import attend_as_one, chain_of_attention
@@ -56,23 +57,70 @@ class ResidualConvolutions(nn.Module):
         parts: dict[str, Any] = self._modules
         shortcut = parts.get("downsample")
         residual = x if shortcut is None else shortcut(x)
-        *stages, last = ("1", "2", "3") if "conv3" in parts else ("1", "2")
+        *stages, last = self._numbers()
         for stage in stages:
             x = self._stage(stage, x)
         for name in _IDENTITIES:
             x = parts[name](x) if name in parts else x
         return self._stage(last, x, residual)
 
+    def defer(self, x: Tensor, turns: Turns) -> Tensor | None:
+        """What will be the block's result when all turns have run, or ``None`` where the block must be called."""
+        parts: dict[str, Any] = self._modules
+        fused = [self._fused(number) for number in self._numbers()]
+        if None in fused or not all(passes(parts[name]) for name in _IDENTITIES if name in parts):
+            return None
+        shortcut = parts.get("downsample")
+        residual = x if shortcut is None else _defer_shortcut(shortcut, x, turns)
+        if residual is None:
+            return None
+        y, last = x, fused[-1]
+        for stage in fused:
+            conv, activation = stage  # type: ignore[misc]
+            z = conv.defer(y, activation, residual if stage is last else None, turns)
+            if z is None:
+                return None
+            if y is not x:
+                turns.release(y)
+            y = z
+        if residual is not x:
+            turns.release(residual)
+        return y
+
+    def _numbers(self) -> tuple[str, ...]:
+        return ("1", "2", "3") if "conv3" in self._modules else ("1", "2")
+
     def _stage(self, number: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        fused = self._fused(number)
+        if fused is not None:
+            conv, name = fused
+            return conv.convolve(x, name, residual)
+        parts: dict[str, Any] = self._modules
+        y = parts["bn" + number](parts["conv" + number](x))
+        activated: Tensor = self._activation(number)(y if residual is None else y + residual)
+        return activated
+
+    def _fused(self, number: str) -> tuple[BSRConv2d, str] | None:
+        """A convolution that normalizes and, by this name, activates, seen by nobody."""
         parts: dict[str, Any] = self._modules
         conv, norm = parts["conv" + number], parts["bn" + number]
-        act = parts["relu"] if "relu" in parts else parts["act" + number]
-        name = activation_name(act)
-        if type(conv) is BSRConv2d and type(norm) is FoldedBatchNorm and name and not watched(conv, norm):
-            return conv.convolve(x, name, residual)
-        y = norm(conv(x))
-        activated: Tensor = act(y if residual is None else y + residual)
-        return activated
+        name = activation_name(self._activation(number))
+        fused = type(conv) is BSRConv2d and type(norm) is FoldedBatchNorm and name and not watched(conv, norm)
+        return (conv, name) if fused else None  # type: ignore[return-value]
+
+    def _activation(self, number: str) -> Any:
+        parts: dict[str, Any] = self._modules
+        return parts["relu"] if "relu" in parts else parts["act" + number]
+
+
+def _defer_shortcut(shortcut: nn.Module, x: Tensor, turns: Turns) -> Tensor | None:
+    """What will be ``shortcut(x)``, where that is one convolution that normalizes, seen by nobody."""
+    if type(shortcut) is not nn.Sequential or len(shortcut) != 2 or watched(shortcut, *shortcut):
+        return None
+    conv, norm = shortcut
+    if type(conv) is not BSRConv2d or type(norm) is not FoldedBatchNorm:
+        return None
+    return conv.defer(x, conv.activation, None, turns)
 
 
 class ResidualEncoderBlock(nn.Module):

@@ -3,6 +3,12 @@
 
 #include <stddef.h>
 
+SB_API int sb_run_in_turn(const sb_step *steps, int64_t count) {
+    int status = SB_OK;
+    for (int64_t i = 0; i < count && status == SB_OK; i++) status = sb_run_rows(steps[i].product, &steps[i].rows);
+    return status;
+}
+
 SB_API int sb_run_encoder_rows(const sb_encoder_block *blocks, int64_t count, void *between, const sb_rows *rows) {
     for (int64_t i = 0; i < count; i++)
         if (!sb_attends_as_one(blocks[i].attention, rows->tokens, rows->sequences, rows->threads)) return SB_UNSUPPORTED;

@@ -61,6 +61,12 @@ typedef struct {
     int32_t threads, sequences; /* the latter of self-attention */
 } sb_rows;
 
+/* A prepared product and the rows of one call of it. */
+typedef struct {
+    const sb_product *product;
+    sb_rows rows;
+} sb_step;
+
 /* Two products whose hidden activations stay in the core's cache. */
 typedef struct {
     sb_product first; /* y is ignored */
@@ -127,6 +133,8 @@ SB_API int sb_run_attention(const sb_attention *attention);
  * time: of long sequences, and where neither sequences nor heads can be shared out to the threads. */
 SB_API int sb_run_self_attention(const sb_self_attention *attention);
 SB_API int sb_run_self_attention_rows(const sb_self_attention *attention, const sb_rows *rows);
+/* So many products in turn, each of which may read what those before gave. */
+SB_API int sb_run_in_turn(const sb_step *steps, int64_t count);
 /* So many blocks in turn, each as wide as the next; `between` has room for as much as y. Residuals and preactivations of
  * `rows` are ignored. SB_UNSUPPORTED as above, before anything has run. */
 SB_API int sb_run_encoder_rows(const sb_encoder_block *blocks, int64_t count, void *between, const sb_rows *rows);

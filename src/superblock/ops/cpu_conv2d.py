@@ -14,8 +14,10 @@ from superblock.errors import MatrixError
 from superblock.ops import native
 from superblock.ops.arguments import check, residual_rows
 from superblock.ops.convolution import Geometry, KernelShape, Pair, output_size, row_length
-from superblock.ops.native import pack_rows
+from superblock.ops.native import pack_rows, pack_step
 from superblock.ops.prepared import Prepared, prepare
+
+Values = tuple[Tensor, Tensor, Tensor, Tensor | None]  # With their row and column indices, and the bias.
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,7 @@ class Windows:
 
     run: Callable[[bytes], int]
     product: ctypes.Structure
+    prepared: Prepared  # Whose memory the product points to.
     size: tuple[int, int, int, int]  # Of the result, channels last.
     made_of: tuple[object, ...]
 
@@ -46,18 +49,60 @@ def conv2d(
 
     The arguments are those of :func:`superblock.ops.conv2d.bsr_conv2d`.
     """
+    geometry: Geometry = tuple(kernel_shape), _pair(stride), _pair(padding), _pair(dilation), groups
+    x, windows = _plan(x, (values, crow_indices, col_indices, bias), geometry, activation)
+    y = x.new_empty(*windows.size).permute(0, 3, 1, 2)
+    rows, _kept = _rows_of(x, y, residual, windows)
+    if groups == 1:
+        check(windows.run(pack_rows(*rows)))
+    else:
+        _run_groups(windows, rows, groups, y.element_size())
+    return y
+
+
+class Turns:
+    """Convolutions of one group to run one after the other in one call, and the memory between them.
+
+    Between two products Python comes from the outer caches again, because a product has just swept the inner ones.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[bytes] = []
+        self._alive: list[object] = []  # What the steps point to.
+        self._free: dict[tuple[int, ...], list[Tensor]] = {}  # Results that nothing reads any more, by their size.
+
+    def add(self, x: Tensor, weight: Values, residual: Tensor | None, geometry: Geometry, activation: str) -> Tensor:
+        """What will be ``act(conv(x, W) + b + residual)`` when all has run."""
+        x, windows = _plan(x, weight, geometry, activation)
+        free = self._free.get(windows.size)
+        y = free.pop() if free else x.new_empty(*windows.size).permute(0, 3, 1, 2)
+        rows, kept = _rows_of(x, y, residual, windows)
+        self._steps.append(pack_step(ctypes.addressof(windows.product), *rows))
+        self._alive += x, y, kept, windows
+        return y
+
+    def release(self, y: Tensor) -> None:
+        """Let what is added from now on be written over this result."""
+        self._free.setdefault(tuple(y.permute(0, 2, 3, 1).shape), []).append(y)
+
+    def run(self) -> None:
+        check(native.library().sb_run_in_turn(b"".join(self._steps), len(self._steps)))
+
+
+def _plan(x: Tensor, weight: Values, geometry: Geometry, activation: str) -> tuple[Tensor, Windows]:
+    """The images as the core reads them, and all of the convolution but those."""
+    values, crow, col, bias = weight
+    kernel_shape = geometry[0]
     shape = kernel_shape[0], row_length(kernel_shape, values.shape[2])
-    prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
+    prepared = prepare(values, crow, col, bias, shape, activation)
     if x.dim() == 4 and x.stride(1) != 1:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    geometry: Geometry = tuple(kernel_shape), _pair(stride), _pair(padding), _pair(dilation), groups
     made_of = x.shape, x.stride(), x.dtype, x.device, *geometry
     windows: Windows | None = prepared.made.get("conv2d")
     if windows is None or windows.made_of != made_of:
         windows = _windows_of(prepared, x, geometry, made_of)
         prepared.made["conv2d"] = windows
-    y = x.new_empty(*windows.size).permute(0, 3, 1, 2)
-    return _run(x, y, residual, windows, groups)
+    return x, windows
 
 
 def _pair(sizes: Sequence[int]) -> Pair:
@@ -96,10 +141,11 @@ def _windows_of(prepared: Prepared, x: Tensor, geometry: Geometry, made_of: tupl
         product.window.kernel_h = 0  # Every pixel in turn: the plain product of its channels.
         product.x_stride = by_pixel
     run = partial(native.library().sb_run_rows, ctypes.byref(product))
-    return Windows(run, product, (count, *out_size, out_channels), made_of)
+    return Windows(run, product, prepared, (count, *out_size, out_channels), made_of)
 
 
-def _run(x: Tensor, y: Tensor, residual: Tensor | None, windows: Windows, groups: int) -> Tensor:
+def _rows_of(x: Tensor, y: Tensor, residual: Tensor | None, windows: Windows) -> tuple[tuple[int, ...], Tensor | None]:
+    """The numbers of ``sb_rows``, and the residual that they point to."""
     whole, out_channels = windows.product, windows.size[-1]
     added, added_stride = 0, out_channels
     if residual is not None:
@@ -109,17 +155,16 @@ def _run(x: Tensor, y: Tensor, residual: Tensor | None, windows: Windows, groups
             residual = residual_rows(residual.movedim(1, -1), whole.tokens, out_channels, y.dtype)
             added_stride = residual.stride(0)
         added = residual.data_ptr()
-    if groups == 1:
-        at = x.data_ptr(), added, y.data_ptr(), 0
-        check(windows.run(pack_rows(*at, whole.tokens, whole.x_stride, added_stride, get_num_threads(), 0)))
-        return y
-    whole = native.Product.from_buffer_copy(whole)
-    whole.x, whole.y, whole.residual, whole.residual_stride = x.data_ptr(), y.data_ptr(), added, added_stride
-    whole.threads = get_num_threads()
-    for group in range(groups):
-        part = _group(whole, group, groups, y.element_size())
+    at = x.data_ptr(), added, y.data_ptr(), 0
+    return (*at, whole.tokens, whole.x_stride, added_stride, get_num_threads(), 0), residual
+
+
+def _run_groups(windows: Windows, rows: tuple[int, ...], groups: int, size: int) -> None:
+    whole = native.Product.from_buffer_copy(windows.product)
+    whole.x, whole.residual, whole.y, _, _, _, whole.residual_stride, whole.threads, _ = rows
+    for group in range(groups if whole.tokens else 0):  # Of no images there are no addresses to move on.
+        part = _group(whole, group, groups, size)
         check(native.library().sb_run_product(ctypes.byref(part)))
-    return y
 
 
 def _group(whole: ctypes.Structure, group: int, groups: int, size: int) -> ctypes.Structure:

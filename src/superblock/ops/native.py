@@ -55,6 +55,7 @@ Product = _structure(
 )
 # ``sb_rows``, as bytes: filled in at once, where a structure takes as long for every field.
 pack_rows = struct.Struct("4P3q2i").pack
+pack_step = struct.Struct("P4P3q2i").pack  # ``sb_step``: the address of a product before its rows.
 FeedForward = _structure("FeedForward", ("first", Product), ("second", Product), ("z dbias", "pointer"))
 SelfAttention = _structure(
     "SelfAttention",
@@ -138,6 +139,7 @@ def library() -> ctypes.CDLL:
     core.sb_run_feed_forward_gradients.argtypes = [
         POINTER(FeedForward), POINTER(Sampled), POINTER(Sampled), POINTER(Gradient),
     ]  # fmt: skip
+    core.sb_run_in_turn.argtypes = [c_char_p, c_int64]
     core.sb_run_encoder_rows.argtypes = [c_void_p, c_int64, c_void_p, c_char_p]
     core.sb_move_to_huge_pages.argtypes, core.sb_move_to_huge_pages.restype = [c_void_p, c_int64], None
     core.sb_run_peak.argtypes, core.sb_run_peak.restype = [c_int32, c_int64, c_int32], c_double

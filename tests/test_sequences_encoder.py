@@ -13,10 +13,10 @@ from test_batch_norm import folded
 from torch import Tensor, nn
 
 import superblock as sb
-from superblock.encoder import EncoderSequential
 from superblock.nn import BSRLinear
 from superblock.ops import cpu
 from superblock.residual import ResidualBlock, ResidualEncoderBlock
+from superblock.sequences import EncoderSequential
 
 torchvision = pytest.importorskip("torchvision", reason="needs the vision extra")
 timm = pytest.importorskip("timm", reason="needs the vision extra")
