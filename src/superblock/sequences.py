@@ -36,7 +36,7 @@ class _OneCall(nn.Sequential):
         whole = None
         blocks = list(self._modules.values())
         known = all(type(block) in self.blocks and not watched(block) for block in blocks)
-        if blocks and known and input.numel() and direct.infers_unseen(input):
+        if blocks and known and direct.infers_unseen(input) and input.numel():
             try:
                 whole = self._at_once(input, blocks)
             except BackendError:  # Another backend takes the products.
