@@ -106,7 +106,7 @@ def _build(
     if values.dim() != 3 or not values.is_cpu:
         raise MatrixError(f"values must be [nnz, bh, bw] on cpu, got {tuple(values.shape)} on {values.device}")
     for tensor in (values, bias):
-        if tensor is not None and tensor.numel() and not tensor.data_ptr():  # It only wraps others.
+        if tensor is not None and tensor.is_cpu and tensor.numel() and not tensor.data_ptr():  # It only wraps others.
             raise BackendError(f"the native core reads tensors with data of their own, not a {type(tensor).__name__}")
     reason = native.unsupported(values.dtype, *values.shape[1:])
     if reason is not None:
