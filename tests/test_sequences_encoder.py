@@ -206,6 +206,29 @@ def test_other_sequences_stay_as_they_are(stack) -> None:
 
 
 @builds
+def test_what_is_replaced_meanwhile_lives_until_it_is_read(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = converted(build)
+    x, run = tokens(), cpu.encoder
+
+    def replace(*args):
+        """As another thread may, between preparing and running."""
+        sizes = []
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter + 1))
+                sizes.append(parameter.shape)
+        junk = [torch.full(size, 1e9) for size in sizes]
+        y = run(*args)
+        del junk
+        return y
+
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setattr(cpu, "encoder", replace)
+        assert torch.equal(model(x), expected)
+
+
+@builds
 def test_a_class_derived_from_a_block_is_called(build, whole: list[bool]) -> None:
     _, model = converted(build)
     x = tokens()

@@ -107,8 +107,11 @@ def feed_forward(
     return whole
 
 
-def chain_of_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Chain | None:
-    """``mlp(norm(x)) + x`` prepared for tokens like ``x`` in plain inference, or ``None`` where it must be called."""
+def chain_of_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Chain, object] | None:
+    """``mlp(norm(x)) + x`` prepared for tokens like ``x`` in plain inference, and the tensors that it reads.
+
+    ``None`` where it must be called.
+    """
     if not isinstance(mlp, (FeedForwardMlp, FeedForwardSequential)) or watched(mlp) or cpu.splits(x):
         return None
     pair = mlp.pair()
@@ -120,13 +123,14 @@ def chain_of_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Chain |
     inside = norm_of(norm, x, first) if in_features == out_features == x.shape[-1] else None
     if inside is None or not fusible(x, up[0], up[3], down[0], down[3]):
         return None
-    return cpu.feed_forward_chain((*up, hidden, in_features), first.activation, (*down, out_features, hidden), inside)
+    into, out = (*up, hidden, in_features), (*down, out_features, hidden)
+    return cpu.feed_forward_chain(into, first.activation, out, inside), (inside, into, out)
 
 
 def passes(*modules: object) -> bool:
     """Whether modules hand on their input now, seen by nobody."""
     for module in modules:
-        if not isinstance(module, _STILL) or watched(module):
+        if not isinstance(module, _STILL) or type(module) not in _STILL or watched(module):
             return False
         if module.training and isinstance(module, nn.Dropout) and module.p > 0:
             return False
@@ -135,7 +139,7 @@ def passes(*modules: object) -> bool:
 
 def _may_pass(*modules: object) -> bool:
     """The same in inference."""
-    return all(isinstance(module, _STILL) and not watched(module) for module in modules)
+    return all(type(module) in _STILL and not watched(module) for module in modules)  # type: ignore[arg-type]
 
 
 def is_pair(first: object, second: object) -> bool:

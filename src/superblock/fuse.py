@@ -68,12 +68,28 @@ def watched(*modules: nn.Module) -> bool:
     return False
 
 
+# What a class defines that is of no use once it is converted: it has been built, and its file format is another.
+_SPENT = frozenset(
+    [
+        "__init__",
+        "__module__",
+        "__doc__",
+        "__annotations__",
+        "__parameters__",
+        "__static_attributes__",
+        "__firstlineno__",
+        "_version",
+        "_load_from_state_dict",
+    ]
+)
+
+
 def is_plain_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether a module only calls its children in turn, of a class that another one can take the place of."""
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
         return False
     own = type(module).__mro__[: type(module).__mro__.index(nn.Sequential)]
-    return all(name.startswith("_") for kind in own for name in vars(kind))
+    return all(_SPENT.issuperset(vars(kind)) for kind in own)
 
 
 def fusible(x: Tensor, *tensors: Tensor | None) -> bool:

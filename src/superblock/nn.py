@@ -18,7 +18,7 @@ from superblock.ops.conv2d import bsr_conv2d
 from superblock.ops.convolution import dense_kernel
 from superblock.ops.cpu_conv2d import Turns
 from superblock.ops.layout import feature_major
-from superblock.ops.library import product
+from superblock.ops.library import ACTIVATIONS, product
 
 
 class BSRWeight(nn.Module):
@@ -211,12 +211,14 @@ class BSRConv2d(BSRWeight):
         )
         return y if x.dim() == 4 else y.squeeze(0)
 
-    def defer(self, x: Tensor, activation: str, residual: Tensor | None, turns: Turns) -> Tensor | None:
-        """:meth:`convolve`, in its turn, or ``None`` where that is more than one product; ``x [n, in, h, w]``."""
-        padding = self.padding
-        if self.groups != 1 or len(padding) != 2 or (any(padding) and self.padding_mode != "zeros"):
-            return None
-        geometry = self.kernel_shape, self.stride, (padding[0], padding[1]), self.dilation, 1
+    def is_one_product(self, activation: str) -> bool:
+        """Whether :meth:`convolve` is, so that it can be deferred."""
+        zeros = self.padding_mode == "zeros" or not any(self.padding)
+        return self.groups == 1 and len(self.padding) == 2 and zeros and activation in ACTIVATIONS
+
+    def defer(self, x: Tensor, activation: str, residual: Tensor | None, turns: Turns) -> Tensor:
+        """:meth:`convolve` in its turn, where that is one product; ``x [n, in, h, w]``."""
+        geometry = self.kernel_shape, self.stride, (self.padding[0], self.padding[1]), self.dilation, 1
         return turns.add(x, self.tensors, residual, geometry, activation)
 
     def extra_repr(self) -> str:

@@ -20,12 +20,12 @@ from superblock.fuse import activation_name, comes_from, watched
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, FoldedBatchNorm
 from superblock.normalized import norm_of
 from superblock.ops.attention import attention
-from superblock.ops.cpu_conv2d import Turns
 from superblock.ops.direct import infers_unseen
 from superblock.ops.prepared import Chain
 from superblock.self_attention import attend_as_one, chain_of_attention
 
 _RESNETS = ("torchvision.models.resnet", "timm.models.resnet")
+Halves = tuple[Chain, Chain, object]  # The last one is the tensors that both read.
 _IDENTITIES = ("drop_block", "aa")  # Of timm's blocks, before the last convolution; a hook may listen to them.
 
 
@@ -64,28 +64,19 @@ class ResidualConvolutions(nn.Module):
             x = parts[name](x) if name in parts else x
         return self._stage(last, x, residual)
 
-    def defer(self, x: Tensor, turns: Turns) -> Tensor | None:
-        """What will be the block's result when all turns have run, or ``None`` where the block must be called."""
+    def convolutions(self) -> tuple[list[tuple[BSRConv2d, str]], BSRConv2d | None] | None:
+        """All that there is now, each with its activation, and the shortcut's; ``None`` where there is more."""
         parts: dict[str, Any] = self._modules
-        fused = [self._fused(number) for number in self._numbers()]
-        if None in fused or not all(passes(parts[name]) for name in _IDENTITIES if name in parts):
+        stages = [stage for number in self._numbers() if (stage := self._fused(number)) is not None]
+        idle = all(passes(parts[name]) for name in _IDENTITIES if name in parts)
+        shortcut, conv = parts.get("downsample"), None
+        if shortcut is not None:
+            conv = _only_convolution(shortcut)
+        missing = len(stages) < len(self._numbers()) or (shortcut is not None and conv is None)
+        every = [(conv, conv.activation)] if conv is not None else []
+        if missing or not idle or not all(each.is_one_product(name) for each, name in (*stages, *every)):
             return None
-        shortcut = parts.get("downsample")
-        residual = x if shortcut is None else _defer_shortcut(shortcut, x, turns)
-        if residual is None:
-            return None
-        y, last = x, fused[-1]
-        for stage in fused:
-            conv, activation = stage  # type: ignore[misc]
-            z = conv.defer(y, activation, residual if stage is last else None, turns)
-            if z is None:
-                return None
-            if y is not x:
-                turns.release(y)
-            y = z
-        if residual is not x:
-            turns.release(residual)
-        return y
+        return stages, conv
 
     def _numbers(self) -> tuple[str, ...]:
         return ("1", "2", "3") if "conv3" in self._modules else ("1", "2")
@@ -113,14 +104,12 @@ class ResidualConvolutions(nn.Module):
         return parts["relu"] if "relu" in parts else parts["act" + number]
 
 
-def _defer_shortcut(shortcut: nn.Module, x: Tensor, turns: Turns) -> Tensor | None:
-    """What will be ``shortcut(x)``, where that is one convolution that normalizes, seen by nobody."""
+def _only_convolution(shortcut: nn.Module) -> BSRConv2d | None:
+    """That of a shortcut that convolves and normalizes, seen by nobody."""
     if type(shortcut) is not nn.Sequential or len(shortcut) != 2 or watched(shortcut, *shortcut):
         return None
     conv, norm = shortcut
-    if type(conv) is not BSRConv2d or type(norm) is not FoldedBatchNorm:
-        return None
-    return conv.defer(x, conv.activation, None, turns)
+    return conv if type(conv) is BSRConv2d and type(norm) is FoldedBatchNorm else None
 
 
 class ResidualEncoderBlock(nn.Module):
@@ -140,13 +129,13 @@ class ResidualEncoderBlock(nn.Module):
             x = dropout(attention(y, y, y, need_weights=False)[0]) + input
         return _add_feed_forward(parts["mlp"], parts["ln_2"], x)
 
-    def chains(self, x: Tensor) -> tuple[Chain, Chain] | None:
+    def chains(self, x: Tensor) -> Halves | None:
         """Both halves prepared for tokens like ``x`` in plain inference, or ``None`` where the block must be called."""
         parts: dict[str, Any] = self._modules
         attn = parts["self_attention"]
         if self.training or not passes(parts["dropout"]) or not _adds(attn) or not attn.batch_first:
             return None
-        return _chains(attn, ("in_proj", "out_proj"), parts["ln_1"], parts["mlp"], parts["ln_2"], x)
+        return _halves(attn, ("in_proj", "out_proj"), parts["ln_1"], parts["mlp"], parts["ln_2"], x)
 
 
 class ResidualBlock(nn.Module):
@@ -168,13 +157,13 @@ class ResidualBlock(nn.Module):
         z: Tensor = x + drop(scale(mlp(norm(x))))
         return z
 
-    def chains(self, x: Tensor) -> tuple[Chain, Chain] | None:
+    def chains(self, x: Tensor) -> Halves | None:
         """As of :class:`ResidualEncoderBlock`."""
         parts: dict[str, Any] = self._modules
         attn, idle = parts["attn"], (parts["ls1"], parts["drop_path1"], parts["ls2"], parts["drop_path2"])
         if self.training or not passes(*idle) or not _is_plain_attention(attn):
             return None
-        return _chains(attn, ("qkv", "proj"), parts["norm1"], parts["mlp"], parts["norm2"], x)
+        return _halves(attn, ("qkv", "proj"), parts["norm1"], parts["mlp"], parts["norm2"], x)
 
 
 class ResidualEncoderLayer(nn.TransformerEncoderLayer):
@@ -256,14 +245,14 @@ def _is_plain_torch(attn: nn.Module) -> bool:
     )
 
 
-def _chains(
+def _halves(
     attn: nn.Module, projections: tuple[str, str], norm: nn.Module, mlp: nn.Module, mlp_norm: nn.Module, x: Tensor
-) -> tuple[Chain, Chain] | None:
-    """Of the attention between these projections, and of the feed-forward after it."""
+) -> Halves | None:
+    """The attention between these projections, and the feed-forward after it."""
     into, out = (attn._modules[name] for name in projections)
     first = chain_of_attention(into, out, attn.num_heads, norm, x)  # type: ignore[arg-type]
     second = None if first is None else chain_of_feed_forward(mlp, mlp_norm, x)
-    return None if first is None or second is None else (first, second)
+    return None if first is None or second is None else (first[0], second[0], (first[1], second[1]))
 
 
 def _add_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:

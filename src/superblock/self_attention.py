@@ -34,13 +34,14 @@ def attend_as_one(
 
 def chain_of_attention(
     in_proj: object, out_proj: object, num_heads: int, norm: nn.Module | None, x: Tensor
-) -> Chain | None:
-    """The same, prepared for tokens like ``x`` in plain inference, or ``None``."""
+) -> tuple[Chain, object] | None:
+    """The same, prepared for tokens like ``x`` in plain inference, and the tensors that it reads; or ``None``."""
     planned = _plan(in_proj, out_proj, num_heads, norm, x)
     if planned is None:
         return None
     inside, into, out = planned
-    return cpu.self_attention_chain(into, out, inside, num_heads)
+    chain = cpu.self_attention_chain(into, out, inside, num_heads)
+    return None if chain is None else (chain, planned)
 
 
 def _plan(

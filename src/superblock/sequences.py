@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from superblock.errors import BackendError
 from superblock.fuse import is_plain_sequence, watched
+from superblock.nn import BSRConv2d
 from superblock.ops import cpu, direct
 from superblock.ops.cpu_conv2d import Turns
 from superblock.residual import ResidualBlock, ResidualConvolutions, ResidualEncoderBlock
@@ -19,7 +20,7 @@ def fuse_sequences(model: nn.Module) -> None:
     """Let every ``nn.Sequential`` of torchvision's or timm's transformer or ResNet blocks run in one call, in place.
 
     Modules, names and state stay as they are; only the container's class changes. Where a hook listens, something
-    drops out or a gradient is asked for, blocks are called one after the other.
+    drops out or gradients are on, blocks are called one after the other.
     """
     for module in model.modules():
         if not is_plain_sequence(module) or not len(module):
@@ -57,13 +58,14 @@ class EncoderSequential(_OneCall):
     blocks = (ResidualEncoderBlock, ResidualBlock)
 
     def _at_once(self, x: Tensor, blocks: list[nn.Module]) -> Tensor | None:
-        chains = []
+        chains, read = [], []  # What is read must live until all has run: a layer may get other tensors meanwhile.
         for block in blocks:
             assert isinstance(block, ResidualEncoderBlock | ResidualBlock)
-            both = block.chains(x)
-            if both is None:
+            halves = block.chains(x)
+            if halves is None:
                 return None
-            chains.append(both)
+            chains.append(halves[:2])
+            read.append(halves[2])
         return cpu.encoder(x, chains)
 
 
@@ -73,14 +75,30 @@ class ConvolutionalSequential(_OneCall):
     blocks = (ResidualConvolutions,)
 
     def _at_once(self, x: Tensor, blocks: list[nn.Module]) -> Tensor | None:
+        plans = [block.convolutions() for block in blocks if isinstance(block, ResidualConvolutions)]
+        if x.dim() != 4 or None in plans:
+            return None
         turns, y = Turns(), x
-        for block in blocks if x.dim() == 4 else ():
-            assert isinstance(block, ResidualConvolutions)
-            deferred = block.defer(y, turns)
-            if deferred is None:
-                return None
-            if y is not x:
-                turns.release(y)
-            y = deferred
+        for plan in plans:
+            assert plan is not None
+            before, y = y, _defer(*plan, y, turns)
+            if before is not x:
+                turns.release(before)
         turns.run()
-        return None if y is x else y
+        return y
+
+
+def _defer(stages: list[tuple[BSRConv2d, str]], shortcut: BSRConv2d | None, x: Tensor, turns: Turns) -> Tensor:
+    """What a ResNet block will give."""
+    residual = x if shortcut is None else shortcut.defer(x, shortcut.activation, None, turns)
+    *inner, (last, activation) = stages
+    y = x
+    for conv, between in inner:
+        before, y = y, conv.defer(y, between, None, turns)
+        if before is not x:
+            turns.release(before)
+    z = last.defer(y, activation, residual, turns)
+    for spent in (y, residual):
+        if spent is not x:
+            turns.release(spent)
+    return z

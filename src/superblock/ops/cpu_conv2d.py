@@ -26,7 +26,7 @@ class Windows:
 
     run: Callable[[bytes], int]
     product: ctypes.Structure
-    prepared: Prepared  # Whose memory the product points to.
+    prepared: Prepared  # Whose indices and copies the product points to.
     size: tuple[int, int, int, int]  # Of the result, channels last.
     made_of: tuple[object, ...]
 
@@ -50,7 +50,7 @@ def conv2d(
     The arguments are those of :func:`superblock.ops.conv2d.bsr_conv2d`.
     """
     geometry: Geometry = tuple(kernel_shape), _pair(stride), _pair(padding), _pair(dilation), groups
-    x, windows = _plan(x, (values, crow_indices, col_indices, bias), geometry, activation)
+    x, windows = _images_and_windows(x, (values, crow_indices, col_indices, bias), geometry, activation)
     y = x.new_empty(*windows.size).permute(0, 3, 1, 2)
     rows, _kept = _rows_of(x, y, residual, windows)
     if groups == 1:
@@ -68,17 +68,17 @@ class Turns:
 
     def __init__(self) -> None:
         self._steps: list[bytes] = []
-        self._alive: list[object] = []  # What the steps point to.
+        self._alive: list[object] = []  # What the steps point to, the weights too: a layer may get others meanwhile.
         self._free: dict[tuple[int, ...], list[Tensor]] = {}  # Results that nothing reads any more, by their size.
 
     def add(self, x: Tensor, weight: Values, residual: Tensor | None, geometry: Geometry, activation: str) -> Tensor:
         """What will be ``act(conv(x, W) + b + residual)`` when all has run."""
-        x, windows = _plan(x, weight, geometry, activation)
+        x, windows = _images_and_windows(x, weight, geometry, activation)
         free = self._free.get(windows.size)
         y = free.pop() if free else x.new_empty(*windows.size).permute(0, 3, 1, 2)
         rows, kept = _rows_of(x, y, residual, windows)
         self._steps.append(pack_step(ctypes.addressof(windows.product), *rows))
-        self._alive += x, y, kept, windows
+        self._alive += x, y, kept, windows, weight
         return y
 
     def release(self, y: Tensor) -> None:
@@ -89,7 +89,7 @@ class Turns:
         check(native.library().sb_run_in_turn(b"".join(self._steps), len(self._steps)))
 
 
-def _plan(x: Tensor, weight: Values, geometry: Geometry, activation: str) -> tuple[Tensor, Windows]:
+def _images_and_windows(x: Tensor, weight: Values, geometry: Geometry, activation: str) -> tuple[Tensor, Windows]:
     """The images as the core reads them, and all of the convolution but those."""
     values, crow, col, bias = weight
     kernel_shape = geometry[0]
@@ -159,11 +159,12 @@ def _rows_of(x: Tensor, y: Tensor, residual: Tensor | None, windows: Windows) ->
     return (*at, whole.tokens, whole.x_stride, added_stride, get_num_threads(), 0), residual
 
 
-def _run_groups(windows: Windows, rows: tuple[int, ...], groups: int, size: int) -> None:
+def _run_groups(windows: Windows, rows: tuple[int, ...], groups: int, element_size: int) -> None:
     whole = native.Product.from_buffer_copy(windows.product)
-    whole.x, whole.residual, whole.y, _, _, _, whole.residual_stride, whole.threads, _ = rows
+    x, residual, y, _preactivation, _tokens, _x_stride, residual_stride, threads, _sequences = rows
+    whole.x, whole.residual, whole.y, whole.residual_stride, whole.threads = x, residual, y, residual_stride, threads
     for group in range(groups if whole.tokens else 0):  # Of no images there are no addresses to move on.
-        part = _group(whole, group, groups, size)
+        part = _group(whole, group, groups, element_size)
         check(native.library().sb_run_product(ctypes.byref(part)))
 
 
