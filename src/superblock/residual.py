@@ -68,15 +68,13 @@ class ResidualConvolutions(nn.Module):
         """All that there is now, each with its activation, and the shortcut's; ``None`` where there is more."""
         parts: dict[str, Any] = self._modules
         stages = [stage for number in self._numbers() if (stage := self._fused(number)) is not None]
+        shortcut = parts.get("downsample")
+        conv = None if shortcut is None else _only_convolution(shortcut)
+        whole = len(stages) == len(self._numbers()) and (shortcut is None or conv is not None)
         idle = all(passes(parts[name]) for name in _IDENTITIES if name in parts)
-        shortcut, conv = parts.get("downsample"), None
-        if shortcut is not None:
-            conv = _only_convolution(shortcut)
-        missing = len(stages) < len(self._numbers()) or (shortcut is not None and conv is None)
-        every = [(conv, conv.activation)] if conv is not None else []
-        if missing or not idle or not all(each.is_one_product(name) for each, name in (*stages, *every)):
-            return None
-        return stages, conv
+        every = stages if conv is None else [*stages, (conv, conv.activation)]
+        plain = whole and idle and all(each.is_one_product(activation) for each, activation in every)
+        return (stages, conv) if plain else None
 
     def _numbers(self) -> tuple[str, ...]:
         return ("1", "2", "3") if "conv3" in self._modules else ("1", "2")
