@@ -95,13 +95,13 @@ def feed_forward(
         return second(first(x)) if residual is None else second.project(first(x), second.activation, residual)
     in_features, hidden, out_features = first.in_features, first.out_features, second.out_features
     tensors, sizes = (*up, *down, residual), (in_features, hidden, out_features, first.activation)
+    into, out = (*up, hidden, in_features), (*down, out_features, hidden)
     if graded(x, *taking_part):
-        trained = direct_training.feed_forward(x, *tensors, *sizes)
+        trained = direct_training.feed_forward(x, into, first.activation, out, residual)
         if trained is None:
             trained = torch.ops.superblock.feed_forward_with_preactivation(x, *tensors, *sizes)[0]
         return trained
-    weights = (*up, hidden, in_features), (*down, out_features, hidden)
-    whole = direct.feed_forward(x, weights[0], first.activation, weights[1], residual, inside)
+    whole = direct.feed_forward(x, into, first.activation, out, residual, inside)
     if whole is None:
         whole = torch.ops.superblock.feed_forward(x, *tensors, *(inside or (None, None, None)), *sizes)
     return whole

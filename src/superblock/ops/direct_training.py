@@ -11,40 +11,26 @@ from torch.nn import Parameter
 
 from superblock.errors import BackendError
 from superblock.ops import cpu, feed_forward_training
+from superblock.ops.arguments import Weight
 from superblock.ops.direct import is_read_as_it_lies, is_seen_by_nobody
 from superblock.ops.native import ACTIVATIONS
 
 _PLAIN = (Tensor, Parameter)
 
 
-def feed_forward(
-    x: Tensor,
-    values1: Tensor,
-    crow1: Tensor,
-    col1: Tensor,
-    bias1: Tensor | None,
-    values2: Tensor,
-    crow2: Tensor,
-    col2: Tensor,
-    bias2: Tensor | None,
-    residual: Tensor | None,
-    in_features: int,
-    hidden_features: int,
-    out_features: int,
-    activation: str,
-) -> Tensor | None:
+def feed_forward(x: Tensor, first: Weight, activation: str, second: Weight, residual: Tensor | None) -> Tensor | None:
     """The op ``feed_forward_with_preactivation``'s result, or ``None`` where the op must be called."""
     if activation not in ACTIVATIONS or not is_seen_by_nobody(x) or not is_read_as_it_lies(residual):
         return None
-    if any(tensor is not None and type(tensor) not in _PLAIN for tensor in (values1, bias1, values2, bias2)):
+    parameters = first[0], first[3], second[0], second[3]
+    if any(tensor is not None and type(tensor) not in _PLAIN for tensor in parameters):
         return None
+    hidden, in_features = first[4:]
     try:
-        y: Tensor = _FeedForward.apply(
-            x, values1, crow1, col1, bias1, values2, crow2, col2, bias2, residual,
-            in_features, hidden_features, out_features, activation,
-        )[0]  # fmt: skip
+        both = _FeedForward.apply(x, *first[:4], *second[:4], residual, in_features, hidden, second[4], activation)
     except BackendError:  # Another backend takes it.
         return None
+    y: Tensor = both[0]
     return y
 
 
