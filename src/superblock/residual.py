@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -92,10 +92,8 @@ class ResidualConvolutions(nn.Module):
     def _fused(self, number: str) -> tuple[BSRConv2d, str] | None:
         """A convolution that normalizes and, by this name, activates, seen by nobody."""
         parts: dict[str, Any] = self._modules
-        conv, norm = parts["conv" + number], parts["bn" + number]
-        name = activation_name(self._activation(number))
-        fused = type(conv) is BSRConv2d and type(norm) is FoldedBatchNorm and name and not watched(conv, norm)
-        return (conv, name) if fused else None  # type: ignore[return-value]
+        conv, name = parts["conv" + number], activation_name(self._activation(number))
+        return (conv, name) if name and _normalizes(conv, parts["bn" + number]) else None
 
     def _activation(self, number: str) -> Any:
         parts: dict[str, Any] = self._modules
@@ -104,10 +102,15 @@ class ResidualConvolutions(nn.Module):
 
 def _only_convolution(shortcut: nn.Module) -> BSRConv2d | None:
     """That of a shortcut that convolves and normalizes, seen by nobody."""
-    if type(shortcut) is not nn.Sequential or len(shortcut) != 2 or watched(shortcut, *shortcut):
+    if type(shortcut) is not nn.Sequential or len(shortcut) != 2 or watched(shortcut):
         return None
     conv, norm = shortcut
-    return conv if type(conv) is BSRConv2d and type(norm) is FoldedBatchNorm else None
+    return conv if _normalizes(conv, norm) else None
+
+
+def _normalizes(conv: nn.Module, norm: nn.Module) -> TypeGuard[BSRConv2d]:
+    """Whether a convolution has taken in the batch norm after it, seen by nobody."""
+    return type(conv) is BSRConv2d and type(norm) is FoldedBatchNorm and not watched(conv, norm)
 
 
 class ResidualEncoderBlock(nn.Module):
