@@ -35,21 +35,19 @@ class _OneCall(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         whole = None
-        blocks = list(self._modules.values())
-        known = all(type(block) in self.blocks and not watched(block) for block in blocks)
-        if blocks and known and direct.infers_unseen(input) and input.numel():
-            try:
-                whole = self._at_once(input, blocks)
-            except BackendError:  # Another backend takes the products.
-                whole = None
-        if whole is not None:
-            return whole
-        y: Tensor = super().forward(input)
+        if direct.infers_unseen(input) and input.numel():
+            blocks = list(self._modules.values())
+            if blocks and all(type(block) in self.blocks and not watched(block) for block in blocks):
+                try:
+                    whole = self._at_once(input, blocks)
+                except BackendError:  # Another backend takes the products.
+                    whole = None
+        y: Tensor = super().forward(input) if whole is None else whole
         return y
 
     def _at_once(self, x: Tensor, blocks: list[nn.Module]) -> Tensor | None:
         """The result, or ``None`` where blocks must be called."""
-        raise NotImplementedError
+        return None
 
 
 class EncoderSequential(_OneCall):
@@ -58,15 +56,14 @@ class EncoderSequential(_OneCall):
     blocks = (ResidualEncoderBlock, ResidualBlock)
 
     def _at_once(self, x: Tensor, blocks: list[nn.Module]) -> Tensor | None:
-        chains, read = [], []  # What is read must live until all has run: a layer may get other tensors meanwhile.
+        prepared = []  # With what they read, which lives until all has run: a layer may get other tensors meanwhile.
         for block in blocks:
             assert isinstance(block, ResidualEncoderBlock | ResidualBlock)
             halves = block.chains(x)
             if halves is None:
                 return None
-            chains.append(halves[:2])
-            read.append(halves[2])
-        return cpu.encoder(x, chains)
+            prepared.append(halves)
+        return cpu.encoder(x, [halves[:2] for halves in prepared])
 
 
 class ConvolutionalSequential(_OneCall):
