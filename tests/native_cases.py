@@ -72,6 +72,19 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def near(got: Tensor, want: Tensor) -> None:
+    """The same in float32, but for rounding."""
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def assert_compiles_whole(model: torch.nn.Module, x: Tensor) -> None:
+    """In inference; from scratch, since every case is another model at the same place of torch's own code."""
+    torch.compiler.reset()
+    with torch.inference_mode():
+        expected = model(x)
+        near(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 def assert_near(got: Tensor, want: Tensor) -> None:
     """``got`` of any dtype against float64 ``want``."""
     assert got.shape == want.shape

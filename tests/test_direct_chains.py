@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from native_cases import Seen, needs_core, random_weight
+from native_cases import Seen, near, needs_core, random_weight
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -80,10 +80,6 @@ def run_feed_forward(block: Block, x: Tensor) -> Tensor:
 
 def tokens(count: int = 40) -> Tensor:
     return torch.randn(2, count, WIDTH)
-
-
-def near(y: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
 
 def test_inference_takes_it(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:

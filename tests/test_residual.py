@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from native_cases import needs_core
+from native_cases import assert_compiles_whole, needs_core
 from test_batch_norm import EVERY, folded
 from torch import nn
 
@@ -91,11 +91,7 @@ def test_the_result_stays(build: Callable[[], nn.Module], kind: type, x: torch.T
 @cases
 def test_inference_compiles_whole(build: Callable[[], nn.Module], kind: type, x: torch.Tensor) -> None:
     _, model = converted(build)
-    torch.compiler.reset()  # Every case is another model at the same place of torch's own code.
-    with torch.inference_mode():
-        expected = model(x)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    assert_compiles_whole(model, x)
 
 
 @needs_core

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from native_cases import Seen, needs_core
+from native_cases import Seen, assert_compiles_whole, near, needs_core
 from test_batch_norm import folded
 from torch import Tensor, nn
 
@@ -67,10 +67,6 @@ def converted(build: Callable[[], list[nn.Module]], tile: int = 8) -> tuple[nn.S
 
 def images(count: int = 2, height: int = 11, width: int = 9) -> Tensor:
     return torch.randn(count, 16, height, width).to(memory_format=torch.channels_last)
-
-
-def near(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -237,9 +233,5 @@ def test_images_that_do_not_fit_are_refused(build, runs: list[int]) -> None:
 @builds
 def test_inference_compiles_whole(build, runs: list[int]) -> None:
     _, model = converted(build)
-    x = images()
-    torch.compiler.reset()
-    with torch.inference_mode():
-        expected = model(x)
-        near(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    assert_compiles_whole(model, images())
     assert len(runs) == 1

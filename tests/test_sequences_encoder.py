@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from native_cases import Seen, needs_core
+from native_cases import Seen, assert_compiles_whole, near, needs_core
 from test_batch_norm import folded
 from torch import Tensor, nn
 
@@ -52,10 +52,6 @@ def converted(
 
 def tokens(*shape: int) -> Tensor:
     return torch.randn(*(shape or (2, 70)), WIDTH)
-
-
-def near(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -299,10 +295,5 @@ def test_dense_attention_is_called(whole: list[bool]) -> None:
 @builds
 def test_inference_compiles_whole(build, whole: list[bool]) -> None:
     _, model = converted(build)
-    x = tokens()
-    torch.compiler.reset()
-    with torch.inference_mode():
-        expected = model(x)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        near(compiled(x), expected)
+    assert_compiles_whole(model, tokens())
     assert whole == [True]
