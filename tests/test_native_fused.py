@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,43 +56,71 @@ def test_weights_that_do_not_chain_are_refused() -> None:
         cpu.feed_forward(torch.zeros(2, 32), first, "relu", second)
 
 
-# (n, c, out, size, kernel, stride, padding, dilation, groups, block)
+# (n, c, out, (h, w), kernel, stride, padding, dilation, groups, block)
 CONVOLUTIONS = [
-    (2, 32, 48, 9, 3, 1, 1, 1, 1, 16),
-    (1, 20, 30, 11, 3, 2, 1, 1, 1, 8),
-    (2, 64, 64, 8, 1, 2, 0, 1, 1, 16),
-    (1, 32, 64, 10, 3, 1, 2, 2, 2, 16),
-    (2, 24, 32, 7, 5, 3, 2, 1, 1, 16),
+    (2, 32, 48, (9, 9), (3, 3), (1, 1), (1, 1), (1, 1), 1, 16),
+    (1, 20, 30, (11, 11), (3, 3), (2, 2), (1, 1), (1, 1), 1, 8),
+    (2, 64, 64, (8, 8), (1, 1), (2, 2), (0, 0), (1, 1), 1, 16),
+    (1, 32, 64, (10, 10), (3, 3), (1, 1), (2, 2), (2, 2), 2, 16),
+    (2, 24, 32, (7, 7), (5, 5), (3, 3), (2, 2), (1, 1), 1, 16),
+    # Rows that are wide enough to be packed once for all places of the kernel: groups of tokens divide them or overlap,
+    # tiles end within an image or reach over several.
+    (2, 32, 48, (9, 28), (3, 3), (1, 1), (1, 1), (1, 1), 1, 16),
+    (5, 24, 40, (3, 31), (3, 3), (1, 1), (1, 1), (1, 1), 1, 8),
+    (1, 64, 96, (60, 34), (3, 3), (1, 1), (1, 1), (1, 1), 1, 32),
+    (2, 20, 30, (31, 61), (3, 5), (2, 2), (0, 2), (1, 1), 1, 8),
+    (1, 32, 64, (12, 40), (3, 3), (1, 1), (2, 2), (2, 2), 2, 16),
+    (2, 16, 24, (40, 55), (5, 3), (3, 2), (3, 1), (2, 3), 1, 8),
+    (1, 16, 32, (6, 80), (1, 3), (1, 4), (0, 0), (1, 1), 1, 16),
+    (2, 48, 32, (2, 19), (2, 2), (1, 1), (1, 1), (1, 1), 1, (32, 16)),
 ]
 
 
-def blocky_kernel(out: int, channels: int, size: int, block: int, dtype: torch.dtype) -> torch.Tensor:
-    living = torch.rand(-(-out // block), -(-channels // block)) < 0.5
-    tiles = living.repeat_interleave(block, 0).repeat_interleave(block, 1)[:out, :channels]
-    kernel = torch.randn(out, channels, size, size) / (channels * size * size) ** 0.5
+def blocky_kernel(
+    out: int, channels: int, size: tuple[int, int], block: int | tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    height, width = (block, block) if isinstance(block, int) else block
+    living = torch.rand(-(-out // height), -(-channels // width)) < 0.5
+    tiles = living.repeat_interleave(height, 0).repeat_interleave(width, 1)[:out, :channels]
+    kernel = torch.randn(out, channels, *size) / math.sqrt(channels * math.prod(size))
     return (kernel * tiles[:, :, None, None]).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_convolution_matches_torch(case: tuple[int, ...], dtype: torch.dtype) -> None:
-    count, channels, out, size, kernel, stride, padding, dilation, groups, block = case
+def test_convolution_matches_torch(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    count, channels, out, size, kernel, *geometry, groups, block = case
     weight = blocky_kernel(out, channels // groups, kernel, block, dtype)
     matrix, bias = matrix_of(weight, block), torch.randn(out).to(dtype)
-    for memory_format in (torch.channels_last, torch.contiguous_format):
-        x = torch.randn(count, channels, size, size).to(dtype).to(memory_format=memory_format)
-        z = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation, groups)
-        residual = torch.randn(z.shape).to(dtype)
-        y = cpu.conv2d(
-            x, matrix.values, matrix.crow_indices, matrix.col_indices, bias, residual, tuple(weight.shape),
-            (stride, stride), (padding, padding), (dilation, dilation), groups, "relu",
-        )  # fmt: skip
+    arguments = matrix.values, matrix.crow_indices, matrix.col_indices, bias
+    pixels = torch.randn(count, *size, channels + 8).to(dtype)[..., :channels]  # Further apart than channels fill.
+    x = pixels.permute(0, 3, 1, 2)
+    z = F.conv2d(x.double(), weight.double(), bias.double(), *geometry, groups)
+    residual = torch.randn(z.shape).to(dtype)
+    for images in (x, x.contiguous(memory_format=torch.channels_last), x.contiguous()):
+        # What an earlier call leaves in the scratch memory must not reach the result.
+        cpu.conv2d(torch.full_like(images, torch.nan), *arguments, None, tuple(weight.shape), *geometry, groups)
+        y = cpu.conv2d(images, *arguments, residual, tuple(weight.shape), *geometry, groups, "relu")
         assert_near(y, F.relu(z + residual.double()))
         assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_near(cpu.conv2d(x, *arguments, None, tuple(weight.shape), *geometry, groups), z)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolution_does_not_depend_on_the_threads(case: tuple[Any, ...]) -> None:
+    count, channels, out, size, kernel, *geometry, groups, block = case
+    weight = blocky_kernel(out, channels // groups, kernel, block, torch.float32)
+    matrix, x = matrix_of(weight, block), torch.randn(count, channels, *size)
+    arguments = matrix.values, matrix.crow_indices, matrix.col_indices, None, None
+    results = []
+    for threads in (3, 1):
+        torch.set_num_threads(threads)
+        results.append(cpu.conv2d(x, *arguments, tuple(weight.shape), *geometry, groups))
+    assert torch.equal(*results)
 
 
 def test_a_kernel_survives_its_matrix() -> None:
-    kernel = blocky_kernel(24, 20, 3, 8, torch.float32)
+    kernel = blocky_kernel(24, 20, (3, 3), 8, torch.float32)
     matrix = matrix_of(kernel, 8)
     assert torch.equal(
         dense_kernel(matrix.values, matrix.crow_indices, matrix.col_indices, tuple(kernel.shape)), kernel

@@ -54,7 +54,7 @@ def fuzz(isa, dtype, tokens, out, in_, height, width, other, packed, density, th
     cpu.grad_values(y, z, *second_index, in_, out, other, height, "gelu")
     cpu.bias_gradient(grad.repeat(1, 2)[:, 1:1 + out])
     kernel = 1 + tokens % 3
-    images = torch.randn(2, in_, 5, 6).to(dtype).to(memory_format=torch.channels_last)
+    images = torch.randn(2, in_, 3 + tokens % 9, 4 + out % 60).to(dtype).to(memory_format=torch.channels_last)
     from superblock.ops.convolution import matrix_of
     matrix = matrix_of(torch.randn(out, in_, kernel, kernel).to(dtype), (height, width))
     cpu.conv2d(images, matrix.values, matrix.crow_indices, matrix.col_indices, bias, None, (out, in_, kernel, kernel),

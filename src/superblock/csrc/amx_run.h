@@ -127,7 +127,7 @@ SB_INLINE void fetch_weights(walk *k) {
 
 /* The tokens of a half group and part i, and then by them the weights of one sum each. */
 #define TOKENS_OF(i, half, load) \
-    load(5, p[i].x + p[i].cols[block] * block_bytes + chunk * chunk_bytes + (half) * SIDE * row, row);
+    load(5, p[i].x + p[i].cols[block] * unit_bytes + chunk * chunk_bytes + (half) * SIDE * row, row);
 #define WEIGHTS_OF(i, n, weights) _tile_loadd(weights, p[i].w + at + (n) * p[i].column_bytes, SIDE * 4);
 
 /* The steps that all parts have, the first of them done; the last tile's rows are finished in between. */
@@ -153,8 +153,8 @@ SB_INLINE void fetch_weights(walk *k) {
         const part *p = s->parts;                                                                             \
         float *const sums = k->sums;                                                                          \
         const int64_t row = k->layer->chunk * 2, weight_bytes = k->layer->chunk / 2 * SIDE * 4;               \
-        const int64_t chunk_bytes = k->target->group * row, chunks = p[0].chunks;                             \
-        const int64_t block_bytes = k->layer->weight.block_in * 2 * k->target->group;                         \
+        const int64_t chunk_bytes = sb_chunk_stride(k->layer, k->target) * 2, chunks = p[0].chunks;           \
+        const int64_t unit_bytes = sb_column_stride(k->layer, k->target) * 2; /* of what columns count in */    \
         int64_t block = 0, chunk = 0, at = 0;                                                                 \
         body                                                                                                  \
         while (k->left) finish_rows(k);                                                                       \
@@ -243,20 +243,21 @@ static void set_weights_ahead(walk *k, const strip *s, int64_t parts) {
         k->ahead = p->w + own;
         bytes += own;
     }
-    const int64_t groups = sb_ceil_div(t->tokens, t->group), steps = sb_max(s->steps - 1, 1);
-    k->ahead_lines = sb_min(sb_ceil_div(bytes, 64 * steps * groups), MOST);
+    const int64_t steps = sb_max(s->steps - 1, 1);
+    k->ahead_lines = sb_min(sb_ceil_div(bytes, 64 * steps * sb_count_groups(t)), MOST);
 }
 
 static void run_strip(walk *k, strip *s) {
     const sb_target *t = k->target;
-    const int64_t parts = k->outputs / s->width, group_bytes = t->group * k->layer->padded_in * k->layer->packed_size;
+    const int64_t parts = k->outputs / s->width;
     s->steps = INT64_MAX;
     for (int i = 0; i < parts; i++) s->steps = sb_min(s->steps, s->parts[i].blocks * s->parts[i].chunks);
     set_weights_ahead(k, s, parts);
-    for (int64_t token = 0; token < t->tokens; token += t->group) {
-        next_tile(k, s, token, t->next ? t->group : sb_min(t->group, t->tokens - token));
+    for (int64_t group = 0; group < sb_count_groups(t); group++) {
+        const int64_t token = sb_first_token(t, group);
         for (int i = 0; i < parts; i++)
-            if (s->parts[i].x != nothing) s->parts[i].x += group_bytes;
+            if (s->parts[i].x != nothing) s->parts[i].x = sb_packed_group(k->layer, t, group);
+        next_tile(k, s, token, t->next ? t->group : sb_min(t->group, t->tokens - token));
     }
 }
 

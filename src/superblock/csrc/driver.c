@@ -1,5 +1,6 @@
 #include "driver.h"
 #include "parallel.h"
+#include "windows.h"
 
 #include <stdatomic.h>
 #include <unistd.h>
@@ -53,34 +54,7 @@ static void pack_tokens(const sb_layer *layer, const sb_product *p, int64_t toke
     const void *rows[SB_MAX_GROUP] = {0};
     for (int64_t m = 0; m < count; m++) rows[m] = (const char *)p->x + (token + m) * p->x_stride * size;
     if (p->norm.enabled) layer->kernels->normalize(p->dtype, &p->norm, rows, count, features, room);
-    layer->kernels->pack(p->dtype, rows, group, features, layer->padded_in, layer->chunk, packed);
-}
-
-/* The packed features of every kernel position for one group of tokens. */
-static void pack_windows(const sb_layer *layer, const sb_product *p, int64_t token, int64_t count, int64_t group,
-                         char *packed) {
-    const sb_window *w = &p->window;
-    const int64_t size = sb_size_of(p->dtype);
-    const void *rows[SB_MAX_GROUP];
-    const int64_t padded = layer->padded_in / (w->kernel_h * w->kernel_w);
-    const char *images[SB_MAX_GROUP];
-    int64_t tops[SB_MAX_GROUP], lefts[SB_MAX_GROUP]; /* of each token's window; divided out once, not by position */
-    for (int64_t m = 0; m < count; m++) {
-        const int64_t pixel = token + m, row = pixel / w->out_width;
-        images[m] = (const char *)p->x + row / w->out_height * w->image_stride * size;
-        tops[m] = row % w->out_height * w->stride_h - w->padding_h;
-        lefts[m] = pixel % w->out_width * w->stride_w - w->padding_w;
-    }
-    for (int64_t m = count; m < group; m++) rows[m] = NULL;
-    for (int64_t i = 0; i < w->kernel_h; i++)
-        for (int64_t j = 0; j < w->kernel_w; j++, packed += padded * group * layer->packed_size) {
-            for (int64_t m = 0; m < count; m++) {
-                const int64_t row = tops[m] + i * w->dilation_h, column = lefts[m] + j * w->dilation_w;
-                const int inside = row >= 0 && row < w->height && column >= 0 && column < w->width;
-                rows[m] = inside ? images[m] + (row * w->row_stride + column * w->pixel_stride) * size : NULL;
-            }
-            layer->kernels->pack(p->dtype, rows, group, w->channels, padded, layer->chunk, packed);
-        }
+    layer->kernels->pack(p->dtype, rows, group, group, features, layer->padded_in, layer->chunk, packed);
 }
 
 void sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
@@ -88,7 +62,7 @@ void sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int
     for (int64_t token = 0; token < tokens; token += group) {
         const int64_t count = sb_min(group, tokens - token);
         char *out = packed + token * layer->padded_in * layer->packed_size;
-        if (p->window.kernel_h) pack_windows(layer, p, start + token, count, group, out);
+        if (p->window.kernel_h) sb_pack_windows(layer, p, start + token, count, group, out);
         else pack_tokens(layer, p, start + token, count, group, room, out);
     }
 }

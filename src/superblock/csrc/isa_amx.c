@@ -71,14 +71,14 @@ SB_INLINE void keep_sums(const int rows, const int columns, float *sums, int64_t
 
 /* Adds to the sums in t->acc, or writes them. */
 SB_INLINE void multiply(const int add, const int rows, const int columns, const int chunk, int64_t outputs,
-                        int64_t group, const sb_tile *t) {
-    const int64_t chunk_bytes = group * chunk * 2, row = chunk * 2, pairs = outputs * 4;
-    const int64_t block_bytes = t->chunks * chunk_bytes, weight_bytes = chunk / 2 * pairs;
+                        const sb_tile *t) {
+    const int64_t chunk_bytes = t->chunk_stride * 2, row = chunk * 2, pairs = outputs * 4;
+    const int64_t column_bytes = t->column_stride * 2, weight_bytes = chunk / 2 * pairs;
     const char *w = t->w;
     const int64_t stride = t->acc_stride * (int64_t)sizeof(float);
     start_sums(add, rows, columns, t->acc, stride);
     for (int64_t b = 0; b < t->blocks; b++) {
-        const char *x = (const char *)t->x + t->cols[b] * block_bytes;
+        const char *x = (const char *)t->x + t->cols[b] * column_bytes;
         for (int64_t c = 0; c < t->chunks; c++, x += chunk_bytes, w += weight_bytes) {
             _tile_loadd(5, x, row);
             _tile_loadd(6, w, pairs);
@@ -98,16 +98,16 @@ SB_INLINE void multiply(const int add, const int rows, const int columns, const 
 }
 
 /* Panels of blocks whose height is no multiple of 16; all others are run(). */
-SB_INLINE void multiply_chunks(const int rows, int64_t panel, int64_t group, const sb_tile *t) {
-    if (t->chunk == 32) multiply(0, rows, 1, 32, panel, group, t);
-    else if (t->chunk == 16) multiply(0, rows, 1, 16, panel, group, t);
-    else multiply(0, rows, 1, 8, panel, group, t);
+SB_INLINE void multiply_chunks(const int rows, int64_t panel, const sb_tile *t) {
+    if (t->chunk == 32) multiply(0, rows, 1, 32, panel, t);
+    else if (t->chunk == 16) multiply(0, rows, 1, 16, panel, t);
+    else multiply(0, rows, 1, 8, panel, t);
 }
 
 static void tile(int dtype, int64_t panel, int64_t group, const sb_tile *t) {
     (void)dtype;
-    if (group > SIDE) multiply_chunks(2, panel, group, t);
-    else multiply_chunks(1, panel, group, t);
+    if (group > SIDE) multiply_chunks(2, panel, t);
+    else multiply_chunks(1, panel, t);
 }
 
 /* Two features of `count` outputs, at most a vector of them, side by side. */
@@ -170,13 +170,14 @@ static void outer_pairs(const uint16_t *dy, const uint16_t *x, float *out, int64
                                .cols = first,
                                .blocks = 1,
                                .chunks = tokens / TOKENS,
+                               .chunk_stride = height * TOKENS,
                                .acc = out + i * width + j,
                                .acc_stride = width};
             fetch_sums(width - j > 2 * SIDE ? t.acc + 2 * SIDE : out + (i + 2 * SIDE) * width, width);
-            if (height - i > SIDE && width - j > SIDE) multiply(1, 2, 2, TOKENS, width, height, &t);
-            else if (height - i > SIDE) multiply(1, 2, 1, TOKENS, width, height, &t);
-            else if (width - j > SIDE) multiply(1, 1, 2, TOKENS, width, height, &t);
-            else multiply(1, 1, 1, TOKENS, width, height, &t);
+            if (height - i > SIDE && width - j > SIDE) multiply(1, 2, 2, TOKENS, width, &t);
+            else if (height - i > SIDE) multiply(1, 2, 1, TOKENS, width, &t);
+            else if (width - j > SIDE) multiply(1, 1, 2, TOKENS, width, &t);
+            else multiply(1, 1, 1, TOKENS, width, &t);
         }
 }
 

@@ -15,6 +15,7 @@ typedef struct {
     const int32_t *cols, *ids; /* ids NULL: blocks lie in order from w */
     int64_t blocks, chunks, chunk; /* chunks a block, features a chunk */
     int64_t block_stride, row_stride;
+    int64_t chunk_stride, column_stride; /* elements of x: from a chunk to the next, and what cols count in */
     float *acc;
     int64_t acc_stride;
     char *target; /* what the epilogue will write: `target_bytes` a token, fetched while the tile multiplies */
@@ -92,8 +93,9 @@ typedef struct sb_kernels {
     int32_t packed_size[SB_DTYPES]; /* bytes of a packed activation */
     void (*tile)(int dtype, int64_t panel, int64_t group, const sb_tile *tile);
     void (*epilogue)(const sb_epilogue *epilogue);
-    void (*pack)(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, int64_t chunk,
-                 void *packed);
+    /* `count` tokens of chunks that have room for `stride` of them. */
+    void (*pack)(int dtype, const void *const *rows, int64_t count, int64_t stride, int64_t features, int64_t padded,
+                 int64_t chunk, void *packed);
     /* Values as this one's tiles want them, panels of [features / 2][panel][2] `panel_stride` apart; NULL: feature-major,
      * as they are. */
     void (*pair)(const uint16_t *in, int64_t out_stride, int64_t in_stride, int64_t outputs, int64_t features,

@@ -38,13 +38,13 @@ static void narrow(int dtype, const float *source, int64_t count, void *target) 
 }
 
 /* Rows of tokens into chunks; a NULL row, and what lies past `features`, become zeros. */
-SB_INLINE void pack_chunks(const int chunk, int dtype, const void *const *rows, int64_t group, int64_t features,
-                           int64_t padded, void *packed) {
+SB_INLINE void pack_chunks(const int chunk, int dtype, const void *const *rows, int64_t tokens, int64_t stride,
+                           int64_t features, int64_t padded, void *packed) {
     enum { RUN = 256 }; /* features a row before the next row's turn: reads stay sequential, writes stay in L1 */
     const int64_t size = SB_DOT(dtype) ? 2 : 4;
     for (int64_t start = 0; start < padded; start += RUN) {
         const int64_t length = padded - start < RUN ? padded - start : RUN;
-        for (int64_t m = 0; m < group; m++) {
+        for (int64_t m = 0; m < tokens; m++) {
             const int64_t valid = rows[m] == NULL || features < start ? 0 : features - start;
             const char *run = (const char *)rows[m] + start * size_of(dtype);
             float copy[RUN];
@@ -58,8 +58,8 @@ SB_INLINE void pack_chunks(const int chunk, int dtype, const void *const *rows, 
                 }
                 run = (const char *)copy;
             }
-            char *out = (char *)packed + (start * group + m * chunk) * size;
-            for (int64_t k = 0; k < length; k += chunk, out += group * chunk * size) {
+            char *out = (char *)packed + (start * stride + m * chunk) * size;
+            for (int64_t k = 0; k < length; k += chunk, out += stride * chunk * size) {
                 if (size == 4) memcpy(out, run + k * 4, (size_t)chunk * 4);
                 else memcpy(out, run + k * 2, (size_t)chunk * 2);
             }
@@ -67,11 +67,11 @@ SB_INLINE void pack_chunks(const int chunk, int dtype, const void *const *rows, 
     }
 }
 
-static void pack(int dtype, const void *const *rows, int64_t group, int64_t features, int64_t padded, int64_t chunk,
-                 void *packed) {
-    if (chunk == 8) pack_chunks(8, dtype, rows, group, features, padded, packed);
-    else if (chunk == 16) pack_chunks(16, dtype, rows, group, features, padded, packed);
-    else pack_chunks(32, dtype, rows, group, features, padded, packed);
+static void pack(int dtype, const void *const *rows, int64_t tokens, int64_t stride, int64_t features, int64_t padded,
+                 int64_t chunk, void *packed) {
+    if (chunk == 8) pack_chunks(8, dtype, rows, tokens, stride, features, padded, packed);
+    else if (chunk == 16) pack_chunks(16, dtype, rows, tokens, stride, features, padded, packed);
+    else pack_chunks(32, dtype, rows, tokens, stride, features, padded, packed);
 }
 
 /* A vector of outputs of every token, from column n of the panel on, as packed activations of the next product: in runs

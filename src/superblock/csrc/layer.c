@@ -155,8 +155,7 @@ sb_tile sb_layer_tile(const sb_layer *layer, int64_t row, int64_t offset, int64_
  * come when the strip is done. */
 static void set_ahead(const sb_layer *layer, const sb_target *t, int64_t row, int64_t offset, int64_t panel, sb_tile *tile) {
     enum { MOST = 8 };
-    const int64_t height = layer->weight.block_out, groups = sb_ceil_div(t->tokens, t->group);
-    const int64_t chunks = tile->blocks * tile->chunks * groups;
+    const int64_t height = layer->weight.block_out, chunks = tile->blocks * tile->chunks * sb_count_groups(t);
     int64_t next = row + sb_max(SB_MAX_PANEL / height, 1);
     const sb_layer *of = layer;
     if (next >= layer->rows) of = t->following, next -= layer->rows;
@@ -177,6 +176,15 @@ static void add_panel(const sb_layer *layer, const sb_target *t, int64_t row, in
     s->width += panel;
 }
 
+int64_t sb_count_groups(const sb_target *t) { return t->places ? t->groups : sb_ceil_div(t->tokens, t->group); }
+
+int64_t sb_first_token(const sb_target *t, int64_t group) { return t->places ? t->places[group].token : group * t->group; }
+
+const char *sb_packed_group(const sb_layer *layer, const sb_target *t, int64_t group) {
+    const int64_t at = t->places ? t->places[group].position * layer->chunk : group * t->group * layer->padded_in;
+    return (const char *)t->packed + at * layer->packed_size;
+}
+
 /* The tiles of a strip for one group of tokens, which `group` places, or for several. */
 static void multiply(const sb_layer *layer, strip *s, const sb_tile *group, int64_t tokens) {
     const sb_kernels *kernels = layer->kernels;
@@ -188,6 +196,8 @@ static void multiply(const sb_layer *layer, strip *s, const sb_tile *group, int6
             kernels->prepare(s->prepared, layer->chunk);
         }
         tile->x = group->x;
+        tile->chunk_stride = group->chunk_stride;
+        tile->column_stride = group->column_stride;
         tile->acc = group->acc + column;
         tile->acc_stride = group->acc_stride;
         tile->target = group->target ? group->target + column * size : NULL;
@@ -213,22 +223,27 @@ static int finishes(const sb_layer *layer, const sb_target *t, const strip *s, i
 }
 
 /* The results of whole groups, one after the other without a call between them. */
-static void finish_groups(const sb_layer *layer, const sb_target *t, strip *s, const sb_epilogue *e, int64_t groups,
-                          int64_t group_bytes) {
+static void finish_groups(const sb_layer *layer, const sb_target *t, strip *s, const sb_epilogue *e, int64_t groups) {
     float bias[SB_MAX_PANEL] = {0};
     if (e->bias) memcpy(bias, e->bias, (size_t)s->width * sizeof *bias);
-    const sb_tile tile = {
-        .x = t->packed,
-        .acc = (float *)t->y + s->column,
-        .acc_stride = t->y_stride,
-        .bias = bias,
-        .residual = t->residual ? (const float *)t->residual + s->column : NULL,
-        .residual_stride = t->residual_stride,
-        .groups = groups,
-        .group_bytes = group_bytes,
-        .stream = e->stream,
-    };
-    multiply(layer, s, &tile, t->group);
+    const int64_t run = t->places ? 1 : groups; /* that lie at equal steps */
+    for (int64_t group = 0; group < groups; group += run) {
+        const int64_t token = sb_first_token(t, group);
+        const sb_tile tile = {
+            .x = sb_packed_group(layer, t, group),
+            .chunk_stride = sb_chunk_stride(layer, t),
+            .column_stride = sb_column_stride(layer, t),
+            .acc = (float *)t->y + token * t->y_stride + s->column,
+            .acc_stride = t->y_stride,
+            .bias = bias,
+            .residual = t->residual ? (const float *)t->residual + token * t->residual_stride + s->column : NULL,
+            .residual_stride = t->residual_stride,
+            .groups = run,
+            .group_bytes = t->group * (t->places ? layer->chunk : layer->padded_in) * layer->packed_size,
+            .stream = e->stream,
+        };
+        multiply(layer, s, &tile, t->group);
+    }
 }
 
 sb_epilogue sb_layer_epilogue(const sb_layer *layer, const sb_target *t, int64_t column, int64_t width) {
@@ -270,16 +285,18 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
     sb_epilogue e = sb_layer_epilogue(layer, t, column, s->width);
     if (e.columns <= 0 && e.packed_columns <= 0) return;
     e.acc = acc;
-    const int64_t group_bytes = t->group * layer->padded_in * layer->packed_size;
-    const int64_t finished = finishes(layer, t, s, e.columns) ? t->tokens / t->group : 0;
-    if (finished) finish_groups(layer, t, s, &e, finished, group_bytes);
+    const int64_t groups = sb_count_groups(t), whole = t->places ? groups : t->tokens / t->group;
+    const int64_t finished = finishes(layer, t, s, e.columns) ? whole : 0;
+    if (finished) finish_groups(layer, t, s, &e, finished);
     if (t->ahead_y) fetch_lines(t, column * t->group * size, e.columns * t->group * size);
-    for (int64_t token = finished * t->group; token < t->tokens; token += t->group) {
-        sb_tile tile = {.x = (const char *)t->packed + token / t->group * group_bytes,
+    for (int64_t group = finished; group < groups; group++) {
+        sb_tile tile = {.x = sb_packed_group(layer, t, group),
+                        .chunk_stride = sb_chunk_stride(layer, t),
+                        .column_stride = sb_column_stride(layer, t),
                         .acc = acc,
                         .acc_stride = SB_MAX_PANEL,
                         .groups = 1};
-        sb_layer_place(layer, t, token, column, &e);
+        sb_layer_place(layer, t, sb_first_token(t, group), column, &e);
         char *written = t->next ? e.preactivation : e.y;
         if (written && (!e.stream || t->residual)) { /* the epilogue streams no results with a residual */
             tile.target = written;

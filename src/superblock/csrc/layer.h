@@ -30,10 +30,19 @@ int64_t sb_layer_bytes(const sb_layer *layer);
 /* The sums of a group and a strip, which sb_layer_run needs. */
 enum { SB_ACC_BYTES = SB_MAX_GROUP * SB_MAX_PANEL * 4 };
 
+/* A group among others that it may overlap: its first token, and where that is among the packed positions. */
+typedef struct {
+    int32_t token, position;
+} sb_place;
+
 /* One tile of tokens: where its packed features lie and where its results go. */
 typedef struct sb_target {
     const void *packed;
     int64_t tokens, group; /* the last group may be partly filled */
+    /* NULL: the groups lie one after the other. Else every chunk of features has so many positions, in which the layer's
+     * columns are counted too. */
+    const sb_place *places;
+    int64_t groups, positions;
     const void *bias, *residual;
     void *y, *preactivation;
     int64_t y_stride, residual_stride;
@@ -45,6 +54,19 @@ typedef struct sb_target {
     const sb_layer *following; /* whose first weights come after these, to be fetched ahead; NULL: weights stay in L2 */
     const char *ahead_residual, *ahead_y; /* `group` dense rows to fetch meanwhile, for the next group; or NULL */
 } sb_target;
+
+/* The groups of a tile, the first token of one and its packed features. */
+int64_t sb_count_groups(const sb_target *target);
+int64_t sb_first_token(const sb_target *target, int64_t group);
+const char *sb_packed_group(const sb_layer *layer, const sb_target *target, int64_t group);
+
+/* Elements from a chunk of a group's packed features to the next, and what columns are counted in. */
+static inline int64_t sb_chunk_stride(const sb_layer *layer, const sb_target *t) {
+    return (t->places ? t->positions : t->group) * layer->chunk;
+}
+static inline int64_t sb_column_stride(const sb_layer *layer, const sb_target *t) {
+    return t->places ? layer->chunk : t->group * layer->weight.block_in;
+}
 
 /* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);

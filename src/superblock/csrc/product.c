@@ -1,6 +1,7 @@
 /* A product: tiles of tokens, or parts of the block rows, handed out to the threads. */
 #include "driver.h"
 #include "parallel.h"
+#include "windows.h"
 
 #include <stdlib.h>
 
@@ -32,6 +33,7 @@ typedef struct {
     const sb_product *product;
     sb_layer layer;
     sb_partition partition;
+    sb_image_rows image_rows; /* of a convolution */
     int by_group;
     const sb_layer *following; /* as in sb_target */
     int64_t first_feature;     /* of those that are multiplied */
@@ -40,13 +42,15 @@ typedef struct {
 
 /* All block rows of a group before the next group, whose lines are fetched meanwhile. */
 static void run_by_group(const sb_layer *layer, const sb_target *tile, int64_t first, int64_t last, float *acc) {
+    static const sb_place first_place = {0};
     const int64_t size = sb_size_of(layer->dtype), group = tile->group, out = layer->weight.out_features;
     const int whole = tile->residual && tile->y_stride == out && tile->residual_stride == out;
-    for (int64_t token = 0; token < tile->tokens; token += group) {
+    for (int64_t g = 0; g < sb_count_groups(tile); g++) {
         sb_target t = *tile;
-        const int64_t y = token * t.y_stride * size, left = t.tokens - token;
+        const int64_t token = sb_first_token(tile, g), y = token * t.y_stride * size, left = t.tokens - token;
         t.tokens = sb_min(group, left);
-        t.packed = (const char *)t.packed + token * layer->padded_in * layer->packed_size;
+        t.packed = sb_packed_group(layer, tile, g);
+        if (t.places) t.places = &first_place, t.groups = 1;
         t.y = (char *)t.y + y;
         t.preactivation = t.preactivation ? (char *)t.preactivation + y : NULL;
         if (t.residual) t.residual = (const char *)t.residual + token * t.residual_stride * size;
@@ -64,15 +68,23 @@ static int product_item(const void *context, int64_t item) {
     const sb_layer *layer = &job->layer;
     const int64_t start = item / cut->splits * cut->tile, part = item % cut->splits;
     const int64_t tokens = sb_min(cut->tile, job->product->tokens - start);
-    const size_t packed_bytes = sb_align((size_t)(cut->tile * layer->padded_in * layer->packed_size));
-    const size_t bytes = packed_bytes + SB_ACC_BYTES + (size_t)sb_layer_strip_bytes(layer);
+    const sb_image_rows *rows = job->image_rows.positions ? &job->image_rows : NULL;
+    const size_t features = rows ? rows->features : (size_t)(cut->tile * layer->padded_in);
+    const size_t packed_bytes = sb_align(features * (size_t)layer->packed_size);
+    const size_t places_bytes = rows ? sb_align(rows->places * sizeof(sb_place)) : 0;
+    const size_t bytes = packed_bytes + SB_ACC_BYTES + (size_t)sb_layer_strip_bytes(layer) + places_bytes;
     char *scratch = sb_scratch(SB_ITEM, bytes + sb_normalized_bytes(job->product, cut->group));
     if (!scratch) return SB_NO_MEMORY;
-    sb_pack_tile(layer, job->product, start, tokens, cut->group, scratch + bytes, scratch);
     sb_target target = sb_target_of(job->product, start, tokens, cut->group);
-    /* Columns count from the first feature of all, of which some may not be packed. */
-    const int64_t before = job->first_feature * cut->group * layer->packed_size;
-    target.packed = (const void *)((uintptr_t)scratch - (uintptr_t)before);
+    if (rows) {
+        sb_place *places = (sb_place *)(scratch + bytes - places_bytes);
+        sb_pack_image_rows(layer, job->product, rows, start, places, scratch, &target);
+    } else {
+        sb_pack_tile(layer, job->product, start, tokens, cut->group, scratch + bytes, scratch);
+        /* Columns count from the first feature of all, of which some may not be packed. */
+        const int64_t before = job->first_feature * cut->group * layer->packed_size;
+        target.packed = (const void *)((uintptr_t)scratch - (uintptr_t)before);
+    }
     target.following = job->following;
     target.strip = scratch + packed_bytes + SB_ACC_BYTES;
     target.stream = job->stream && !job->unfinished;
@@ -114,8 +126,8 @@ static void cut_tiles(product_job *job, int32_t threads) {
 }
 
 static int run_tiles(product_job *job, int32_t threads) {
-    cut_tiles(job, threads);
     int status = SB_OK;
+    if (!job->image_rows.positions) cut_tiles(job, threads);
     if (sb_arranges_strips(&job->layer, job->partition.tiles, threads)) job->by_group = 0; /* or they come with every group */
     else status = sb_arrange(&job->layer, NULL, threads);
     if (status != SB_OK) return status;
@@ -194,6 +206,13 @@ SB_API int sb_run_product(const sb_product *p) {
     job.by_group = weight_bytes <= SB_RESIDENT_BYTES &&
                    (p->residual || (job.layer.kernels->run && !job.stream && written > SB_REUSED_BYTES));
     job.following = weight_bytes > SB_RESIDENT_BYTES ? &job.layer : NULL;
+    if (p->window.kernel_h) {
+        const int status = sb_cut_image_rows(&job.layer, p, threads, &job.image_rows, &job.partition);
+        if (status != SB_OK) return status;
+        if (job.image_rows.positions) job.layer.weight.cols = job.image_rows.cols;
+    }
     const int64_t slabs = count_slabs(p, &job.layer);
-    return slabs > 1 ? run_slabs(&job, slabs, threads) : run_tiles(&job, threads);
+    const int status = slabs > 1 ? run_slabs(&job, slabs, threads) : run_tiles(&job, threads);
+    free(job.image_rows.cols);
+    return status;
 }

@@ -60,12 +60,12 @@ SB_INLINE const char *multiply_widened(int dtype, const int vectors, const int g
     const ptrdiff_t row = t->row_stride;
     for (int64_t b = 0; b < t->blocks; b++) {
         const char *w = (const char *)t->w + (size_t)((t->ids ? t->ids[b] : b) * t->block_stride) * size;
-        const float *x = packed + t->cols[b] * t->chunks * group * SB_CHUNK;
+        const float *x = packed + t->cols[b] * t->column_stride;
         const int last = b + 1 == t->blocks;
-        const float *next = (last ? later : packed) + t->cols[last ? 0 : b + 1] * t->chunks * group * SB_CHUNK;
+        const float *next = (last ? later : packed) + t->cols[last ? 0 : b + 1] * t->column_stride;
         for (int64_t c = 0; c < t->chunks; c++) {
             fetch_chunk((const char *)next, group * SB_CHUNK * 4);
-            next += group * SB_CHUNK;
+            next += t->chunk_stride;
             for (int64_t line = 0; line < t->ahead_lines; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
             SB_UNROLL for (int k = 0; k < SB_CHUNK; k++) {
                 vec weights[4];
@@ -83,7 +83,7 @@ SB_INLINE const char *multiply_widened(int dtype, const int vectors, const int g
                 }
                 w += row * (ptrdiff_t)size;
             }
-            x += group * SB_CHUNK;
+            x += t->chunk_stride;
         }
     }
     SB_UNROLL for (int s = 1; s < split; s++)
@@ -140,11 +140,11 @@ SB_INLINE void tile_dot(const int vectors, const int group, const int half, cons
     const ptrdiff_t row = t->row_stride;
     for (int64_t b = 0; b < t->blocks; b++) {
         const uint16_t *w = (const uint16_t *)t->w + (t->ids ? t->ids[b] : b) * t->block_stride;
-        const uint16_t *x = (const uint16_t *)t->x + t->cols[b] * t->chunks * group * SB_CHUNK;
-        const uint16_t *next = (const uint16_t *)t->x + t->cols[b + 1 < t->blocks ? b + 1 : 0] * t->chunks * group * SB_CHUNK;
+        const uint16_t *x = (const uint16_t *)t->x + t->cols[b] * t->column_stride;
+        const uint16_t *next = (const uint16_t *)t->x + t->cols[b + 1 < t->blocks ? b + 1 : 0] * t->column_stride;
         for (int64_t c = 0; c < t->chunks; c++) {
             fetch_chunk((const char *)next, group * SB_CHUNK * 2);
-            next += group * SB_CHUNK;
+            next += t->chunk_stride;
             SB_UNROLL for (int k = 0; k < SB_CHUNK / 2; k++) {
                 __m512i pairs[4];
                 load_pairs(w, row, vectors, half, pairs);
@@ -157,7 +157,7 @@ SB_INLINE void tile_dot(const int vectors, const int group, const int half, cons
                 }
                 w += 2 * row;
             }
-            x += group * SB_CHUNK;
+            x += t->chunk_stride;
         }
     }
     const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
