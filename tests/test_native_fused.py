@@ -12,7 +12,7 @@ from native_cases import DTYPES, assert_near, isa, needs_core, random_weight
 
 from superblock.errors import MatrixError
 from superblock.ops import cpu, reference
-from superblock.ops.convolution import dense_kernel, matrix_of
+from superblock.ops.convolution import dense_kernel, matrix_of, output_size
 
 pytestmark = [needs_core, pytest.mark.usefixtures("nan_filled", isa.__name__)]
 
@@ -73,6 +73,7 @@ CONVOLUTIONS = [
     (2, 16, 24, (40, 55), (5, 3), (3, 2), (3, 1), (2, 3), 1, 8),
     (1, 16, 32, (6, 80), (1, 3), (1, 4), (0, 0), (1, 1), 1, 16),
     (2, 48, 32, (2, 19), (2, 2), (1, 1), (1, 1), (1, 1), 1, (32, 16)),
+    (3, 72, 40, (5, 17), (1, 3), (1, 1), (2, 3), (1, 1), 1, 16),
 ]
 
 
@@ -106,6 +107,29 @@ def test_convolution_matches_torch(case: tuple[Any, ...], dtype: torch.dtype) ->
     assert_near(cpu.conv2d(x, *arguments, None, tuple(weight.shape), *geometry, groups), z)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_gradients_of_convolutions_match_the_reference(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    count, channels, out, size, kernel, *geometry, groups, block = case
+    weight = blocky_kernel(out, channels // groups, kernel, block, dtype)
+    matrix, shape = matrix_of(weight, block), tuple(weight.shape)
+    indices, blocksize = (matrix.crow_indices, matrix.col_indices), matrix.values.shape[1:]
+    x = torch.randn(count, channels, *size).to(dtype)
+    grad = torch.randn(count, out, *output_size(size, kernel, *geometry)).to(dtype)
+    want = (
+        reference.conv2d_grad_input(grad.double(), matrix.values.double(), *indices, shape, size, *geometry, groups),
+        reference.conv2d_grad_values(grad.double(), x.double(), *indices, shape, *geometry, groups, *blocksize),
+    )
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        images, upstream = (each.to(memory_format=memory_format) for each in (x, grad))
+        # What an earlier call leaves in the scratch memory must not reach the result.
+        cpu.conv2d_grad_values(upstream * torch.nan, images, *indices, shape, *geometry, groups, *blocksize)
+        dx = cpu.conv2d_grad_input(upstream, matrix.values, *indices, shape, size, *geometry, groups)
+        assert_near(dx, want[0])
+        assert dx.is_contiguous(memory_format=torch.channels_last)
+        assert_near(cpu.conv2d_grad_values(upstream, images, *indices, shape, *geometry, groups, *blocksize), want[1])
+
+
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_convolution_does_not_depend_on_the_threads(case: tuple[Any, ...]) -> None:
     count, channels, out, size, kernel, *geometry, groups, block = case
@@ -115,8 +139,11 @@ def test_convolution_does_not_depend_on_the_threads(case: tuple[Any, ...]) -> No
     results = []
     for threads in (3, 1):
         torch.set_num_threads(threads)
-        results.append(cpu.conv2d(x, *arguments, tuple(weight.shape), *geometry, groups))
-    assert torch.equal(*results)
+        y = cpu.conv2d(x, *arguments, tuple(weight.shape), *geometry, groups)
+        sizes = tuple(weight.shape), *geometry, groups, *matrix.values.shape[1:]
+        results.append((y, cpu.conv2d_grad_values(y, x, *arguments[1:3], *sizes)))
+    for parallel, serial in zip(*results, strict=True):
+        assert torch.equal(parallel, serial)
 
 
 def test_a_kernel_survives_its_matrix() -> None:
@@ -148,5 +175,19 @@ def test_what_does_not_convolve_is_refused() -> None:
         cpu.conv2d(torch.zeros(1, 8, 4, 4), *arguments, torch.zeros(1, 16, 3, 3), (16, 8, 3, 3))
     with pytest.raises(MatrixError, match="the window of 3 × 3 does not fit into images of 2 × 2"):
         cpu.conv2d(torch.zeros(1, 8, 2, 2), *arguments, None, (16, 8, 3, 3))
+    places = (*arguments[1:3], (16, 8, 3, 3))
+    rest, sizes = ((1, 1), (0, 0), (1, 1), 1), (8, 8)
+    grad, x = torch.zeros(1, 16, 2, 2), torch.zeros(1, 8, 4, 4)
+    message = r"grad must be \[n, 16, 2, 2\] of torch\.float32 on cpu, got \(1, 16, 3, 3\) of torch\.float32 on cpu"
+    with pytest.raises(MatrixError, match=message):
+        cpu.conv2d_grad_input(torch.zeros(1, 16, 3, 3), arguments[0], *places, (4, 4), *rest)
+    with pytest.raises(MatrixError, match=message):
+        cpu.conv2d_grad_values(torch.zeros(1, 16, 3, 3), x, *places, *rest, *sizes)
+    with pytest.raises(MatrixError, match=r"grad must be .* got \(1, 16, 2, 2\) of torch\.bfloat16 on cpu"):
+        cpu.conv2d_grad_values(grad.bfloat16(), x, *places, *rest, *sizes)
+    with pytest.raises(MatrixError, match=r"x must be \[n, 8, h, w\] on cpu, got \(1, 9, 4, 4\) on cpu"):
+        cpu.conv2d_grad_values(grad, torch.zeros(1, 9, 4, 4), *places, *rest, *sizes)
+    with pytest.raises(MatrixError, match="grad and x must have the same images, got 2 and 1"):
+        cpu.conv2d_grad_values(grad.repeat(2, 1, 1, 1), x, *places, *rest, *sizes)
     with pytest.raises(MatrixError, match=r"expected a kernel \[out, c, kh, kw\], got shape \(4, 4\)"):
         matrix_of(torch.zeros(4, 4), 8)

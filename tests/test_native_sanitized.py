@@ -55,10 +55,16 @@ def fuzz(isa, dtype, tokens, out, in_, height, width, other, packed, density, th
     cpu.bias_gradient(grad.repeat(1, 2)[:, 1:1 + out])
     kernel = 1 + tokens % 3
     images = torch.randn(2, in_, 3 + tokens % 9, 4 + out % 60).to(dtype).to(memory_format=torch.channels_last)
-    from superblock.ops.convolution import matrix_of
+    from superblock.ops.convolution import matrix_of, output_size
     matrix = matrix_of(torch.randn(out, in_, kernel, kernel).to(dtype), (height, width))
     cpu.conv2d(images, matrix.values, matrix.crow_indices, matrix.col_indices, bias, None, (out, in_, kernel, kernel),
                (1 + threads % 2,) * 2, (tokens % 2,) * 2)
+    geometry = (1, 1), (tokens % 3,) * 2, (1 + threads % 2,) * 2
+    if min(output_size(images.shape[2:], (kernel, kernel), *geometry)) > 0:
+        indices, shape = (matrix.crow_indices, matrix.col_indices), (out, in_, kernel, kernel)
+        upstream = cpu.conv2d(images, matrix.values, *indices, None, None, shape, *geometry)
+        cpu.conv2d_grad_input(upstream, matrix.values, *indices, shape, images.shape[2:], *geometry, 1)
+        cpu.conv2d_grad_values(upstream, images, *indices, shape, *geometry, 1, height, width)
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(st.sampled_from(ISAS), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 5), st.integers(1, 120),

@@ -107,6 +107,35 @@ def test_opcheck(case: tuple[Any, ...], activation: str) -> None:
     torch.library.opcheck(torch.ops.superblock.bsr_conv2d, arguments)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[2]], ids=str)
+def test_opcheck_of_the_gradients(case: tuple[Any, ...]) -> None:
+    tensors, dense, geometry = case_of(case, torch.float32)
+    x, values, crow, col, _ = tensors.values()
+    grad = torch.randn(F.conv2d(x, dense, **geometry).shape).requires_grad_()
+    shape, rest = tuple(dense.shape), tuple(geometry.values())
+    x, values = x.requires_grad_(), values.clone().requires_grad_()
+    ops = torch.ops.superblock
+    torch.library.opcheck(ops.bsr_conv2d_grad_input, (grad, values, crow, col, shape, x.shape[2:], *rest))
+    torch.library.opcheck(ops.bsr_conv2d_grad_values, (grad, x, crow, col, shape, *rest, *values.shape[1:]))
+
+
+@needs_core
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_gradients_of_gradients_are_native_too(case: tuple[Any, ...]) -> None:
+    tensors, dense, geometry = case_of(case, torch.float32)
+    results = []
+    for dtype in (torch.float32, torch.float64):  # The core, and the reference.
+        given = {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
+        leaves = [given[name].detach().requires_grad_() for name in ("x", "values", "bias")]
+        given |= dict(zip(("x", "values", "bias"), leaves, strict=True))
+        y = bsr_conv2d(**given, residual=None, kernel_shape=tuple(dense.shape), **geometry, activation="silu")
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in first), leaves)
+        results.append([*first, *second])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4 * float(want.detach().abs().max()))
+
+
 def test_gradients_of_gradients() -> None:
     tensors, dense, geometry = case_of((1, 4, 4, (4, 4), (3, 3), (1, 1), (1, 1), (1, 1), 1, 2), torch.float64)
 

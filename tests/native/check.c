@@ -311,7 +311,15 @@ static int check(int round) {
     const sb_product prepared = {.weight = p.weight, .bias = bias, .dtype = dtype, .activation = activation};
     int bad = (round & 4 ? sb_run_rows(&prepared, &given) : sb_run_product(&p)) != SB_OK;
     const int taken = activation == SB_RELU ? SB_RELU : SB_NONE;
-    sb_sampled s = {p.weight, residual, x, tokens, out, in, dtype, taken, 2};
+    sb_sampled s = {.weight = p.weight,
+                    .grad = residual,
+                    .x = x,
+                    .tokens = tokens,
+                    .grad_stride = out,
+                    .x_stride = in,
+                    .dtype = dtype,
+                    .activation = taken,
+                    .threads = 2};
     s.weight.values = gradient;
     bad |= sb_run_sampled(&s) != SB_OK;
     bad |= check_attention(dtype);

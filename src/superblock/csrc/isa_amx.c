@@ -181,6 +181,16 @@ static void outer_pairs(const uint16_t *dy, const uint16_t *x, float *out, int64
         }
 }
 
+static void turn_tokens(const uint16_t *const *rows, int64_t feature, int64_t width, uint16_t *out) {
+    for (int64_t n = 0; n < width; n += SIDE) transpose_32_by_16(rows, feature + n, out + n * 2 * SIDE, 2 * SIDE);
+}
+
+static void pair_tokens(const uint16_t *const *rows, int64_t feature, int64_t width, uint16_t *out) {
+    for (int64_t t = 0; t < 2 * SIDE; t += 2, out += 2 * width)
+        for (int64_t n = 0; n < width; n += SIDE)
+            interleave(rows[t] + feature + n, rows[t + 1] + feature + n, SIDE, out + 2 * n);
+}
+
 static double peak(int dtype, int64_t iterations) {
     (void)dtype;
     prepare(2 * SIDE, SB_LONGEST_CHUNK);
@@ -220,4 +230,6 @@ const sb_kernels sb_amx = {.name = "amx",
                            .finish = finish,
                            .run = run,
                            .outer_pairs = outer_pairs,
+                           .turn_tokens = turn_tokens,
+                           .pair_tokens = pair_tokens,
                            SB_COMMON_KERNELS};

@@ -44,12 +44,14 @@ typedef struct {
     int32_t stream; /* write around the caches where whole lines allow */
 } sb_epilogue;
 
-/* Tokens by block, activated, as floats: out[i][t][n] is feature n of panel `panels[i]`, zero past the last feature. */
+/* Tokens by block, activated, as floats: out[i][t][n] is feature n of panel `panels[i]` of rows[t], whose features begin
+ * with panel `first`; zero past the last feature, and for rows that are NULL. SB_ROWS_AHEAD more rows may be fetched. */
+enum { SB_ROWS_AHEAD = 2 };
 typedef struct {
-    const void *source;
+    const void *const *rows;
     float *out;
     const int32_t *panels;
-    int64_t count, stride, tokens, features, width, out_stride;
+    int64_t count, first, tokens, features, width, out_stride;
     int32_t dtype, activation;
 } sb_panels;
 
@@ -121,9 +123,12 @@ typedef struct sb_kernels {
     void (*slope)(const sb_slope *slope);
     void (*outer)(const sb_outer *outer);
     /* out [height][width] += dyᵀ x for operands laid out as [tokens / 32][height][32] and [tokens / 32][16][width][2],
-     * sides multiples of 16, once prepared for a panel and chunk of 32; NULL: only the above. */
+     * sides multiples of 16, once prepared for a panel and chunk of 32; NULL: only the above. The next two lay out
+     * `width` features from `feature` on of 32 rows in these ways. */
     void (*outer_pairs)(const uint16_t *dy, const uint16_t *x, float *out, int64_t tokens, int64_t height,
                         int64_t width);
+    void (*turn_tokens)(const uint16_t *const *rows, int64_t feature, int64_t width, uint16_t *out);
+    void (*pair_tokens)(const uint16_t *const *rows, int64_t feature, int64_t width, uint16_t *out);
     double (*peak)(int dtype, int64_t iterations);
 } sb_kernels;
 

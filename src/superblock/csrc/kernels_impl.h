@@ -184,12 +184,12 @@ static void epilogue(const sb_epilogue *e) {
         }
 
 #if SB_LANES == 16
-/* 32 rows of 16: pairs of rows are interleaved, and the pairs transposed. */
-SB_INLINE void transpose_32_by_16(const uint16_t *in, int64_t in_stride, uint16_t *out, int64_t out_stride) {
+/* 32 rows, 16 columns from `column` on: pairs of rows are interleaved, and the pairs transposed. */
+SB_INLINE void transpose_32_by_16(const uint16_t *const *rows, int64_t column, uint16_t *out, int64_t out_stride) {
     __m512i a[16], b[16];
-    SB_UNROLL for (int i = 0; i < 16; i++, in += 2 * in_stride) {
-        const __m256i even = _mm256_loadu_si256((const __m256i *)in);
-        const __m256i odd = _mm256_loadu_si256((const __m256i *)(in + in_stride));
+    SB_UNROLL for (int i = 0; i < 16; i++) {
+        const __m256i even = _mm256_loadu_si256((const __m256i *)(rows[2 * i] + column));
+        const __m256i odd = _mm256_loadu_si256((const __m256i *)(rows[2 * i + 1] + column));
         a[i] = pair_rows(even, odd);
     }
     SB_UNROLL for (int i = 0; i < 16; i += 2) {
@@ -217,10 +217,11 @@ SB_INLINE void transpose_32_by_16(const uint16_t *in, int64_t in_stride, uint16_
 static void transpose(int size, const void *in, int64_t in_stride, int64_t rows, int64_t columns, void *out) {
 #if SB_LANES == 16
     if (size == 2 && rows % 32 == 0 && columns % 16 == 0) {
-        for (int64_t j = 0; j < columns; j += 16)
-            for (int64_t i = 0; i < rows; i += 32)
-                transpose_32_by_16((const uint16_t *)in + i * in_stride + j, in_stride, (uint16_t *)out + j * rows + i,
-                                   rows);
+        for (int64_t i = 0; i < rows; i += 32) {
+            const uint16_t *each[32];
+            for (int m = 0; m < 32; m++) each[m] = (const uint16_t *)in + (i + m) * in_stride;
+            for (int64_t j = 0; j < columns; j += 16) transpose_32_by_16(each, j, (uint16_t *)out + j * rows + i, rows);
+        }
         return;
     }
 #endif

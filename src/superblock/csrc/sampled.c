@@ -8,6 +8,7 @@
  */
 #include "layer.h"
 #include "parallel.h"
+#include "windows.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -19,7 +20,9 @@ enum { SIDE_BYTES = 6144, TOKENS = 64, PAIRED_TILE = 128, PAIRED_TOKENS = 32 };
 /* dy or x: a panel of it is the features of one block row or column. */
 typedef struct {
     const char *source;
-    int64_t stride, features, width, panels;
+    const sb_window *window;           /* that its rows are seen through, or NULL */
+    int64_t stride, features, places; /* features of a row, and the places of the kernel at which they are seen */
+    int64_t width, panels;
     int64_t parts; /* that its panels are cut into */
     int32_t *bounds; /* the first panel of every part, and the end */
     int32_t activation; /* taken while it is laid out */
@@ -46,12 +49,17 @@ typedef struct {
     char *packed;
 } share;
 
+/* Of pairs: a panel of 32 tokens that cannot be laid out from where it lies, and a row beside the image. */
+typedef struct {
+    uint16_t *panel, *zeros;
+} scratch;
+
 typedef struct {
     share dy, x;
     entry *entries;
     int64_t count;
     float *sums;
-    uint16_t *padded; /* pairs of a panel that the matrix does not fill */
+    scratch room;
 } cell;
 
 /* The first of entries [from, to) at or past a column. */
@@ -76,77 +84,122 @@ static int64_t count_blocks(const sb_weight *w, const cell *c) {
     return count;
 }
 
-/* The place of a panel among those in use, which `places` remembers plus one. */
-static int32_t place(share *s, int32_t *places, int64_t panel) {
-    int32_t *known = &places[panel - s->first];
-    if (!*known) {
-        s->used[s->count] = (int32_t)panel;
-        *known = ++s->count;
-    }
-    return *known - 1;
+/* Numbers the marked panels in order, and lists them. */
+static void number(share *s, int32_t *marks) {
+    for (int64_t panel = s->first; panel < s->last; panel++)
+        if (marks[panel - s->first]) {
+            s->used[s->count] = (int32_t)panel;
+            marks[panel - s->first] = s->count++;
+        }
 }
 
-static void find_blocks(const sb_weight *w, cell *c, int32_t *places) {
-    int32_t *columns = places + (c->dy.last - c->dy.first);
-    memset(places, 0, (size_t)(c->dy.last - c->dy.first + c->x.last - c->x.first) * sizeof *places);
+static void find_blocks(const sb_weight *w, cell *c, int32_t *rows) {
+    int32_t *columns = rows + (c->dy.last - c->dy.first);
+    memset(rows, 0, (size_t)(c->dy.last - c->dy.first + c->x.last - c->x.first) * sizeof *rows);
     entry *e = c->entries;
     for (int64_t r = c->dy.first; r < c->dy.last; r++)
         for (int32_t b = find(w->cols, w->crow[r], w->crow[r + 1], c->x.first);
-             b < w->crow[r + 1] && w->cols[b] < c->x.last; b++)
-            *e++ = (entry){b, place(&c->dy, places, r), place(&c->x, columns, w->cols[b])};
+             b < w->crow[r + 1] && w->cols[b] < c->x.last; b++, e++) {
+            *e = (entry){b, (int32_t)(r - c->dy.first), (int32_t)(w->cols[b] - c->x.first)};
+            rows[e->row] = columns[e->column] = 1;
+        }
+    number(&c->dy, rows);
+    number(&c->x, columns);
+    for (e = c->entries; e < c->entries + c->count; e++) {
+        e->row = rows[e->row];
+        e->column = columns[e->column];
+    }
 }
 
 static size_t packed_bytes(const sampled_job *job, const share *s) {
     return sb_align((size_t)((s->last - s->first) * job->tile * s->of->width * (job->paired ? 2 : 4)));
 }
 
-/* Rows this far apart are no stream to the hardware: their next panel is asked for while this one is turned. */
-static void fetch_panel(const uint16_t *rows, int64_t stride, int64_t count, int64_t width) {
+/* The rows of `tokens` tokens at a place of the kernel, and of the two after them. */
+static void find_rows(const sampled_job *job, const operand *o, int64_t place, int64_t start, int64_t tokens, const void **rows) {
+    const int64_t size = sb_size_of(job->sampled->dtype), all = tokens + SB_ROWS_AHEAD;
+    const int64_t present = sb_min(all, job->sampled->tokens - start);
+    if (o->window) sb_window_rows(o->window, o->source, size, place, start, present, rows);
+    else for (int64_t t = 0; t < present; t++) rows[t] = o->source + (start + t) * o->stride * size;
+    for (int64_t t = present; t < all; t++) rows[t] = rows[present - 1];
+}
+
+/* A run of panels in use, from `from` on, whose features are seen at one place of the kernel: its end, and the first panel
+ * there. */
+static int64_t end_of_place(const share *s, int64_t from, int64_t *place, int64_t *first) {
+    const int64_t panels = s->of->panels / s->of->places;
+    *place = s->used[from] / panels;
+    *first = *place * panels;
+    int64_t end = s->count;
+    while (s->used[end - 1] >= *first + panels) end--;
+    return end;
+}
+
+/* Rows far apart are no stream to the hardware: their next panel is asked for while this one is turned. */
+static void fetch_panel(const uint16_t *const *rows, int64_t count, int64_t feature, int64_t width) {
     enum { LINE = 32, AHEAD = 64 }; /* elements */
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t n = 0; n < width; n += LINE) __builtin_prefetch(rows + i * stride + n + AHEAD);
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t n = 0; n < width; n += LINE) __builtin_prefetch(rows[t] + feature + n + AHEAD);
+}
+
+/* The features of a panel for `tokens` rows, activated; zero past the last of either. */
+static void gather(const sampled_job *job, const operand *o, const uint16_t *const *rows, int64_t tokens, int64_t feature,
+                   uint16_t *out) {
+    const int64_t valid = sb_min(o->width, o->features - feature);
+    if (tokens < PAIRED_TOKENS || valid < o->width) memset(out, 0, (size_t)(PAIRED_TOKENS * o->width) * sizeof *out);
+    for (int64_t t = 0; o->window && t < tokens; t++)
+        memcpy(out + t * o->width, rows[t] + feature, (size_t)valid * sizeof *out);
+    if (!o->window)
+        job->kernels->activate(SB_BFLOAT16, o->activation, rows[0] + feature, o->stride, tokens, valid, out, o->width);
 }
 
 /* Tokens [start, start + tokens) of the panels in use, activated, in pairs: features by tokens for the operand that
  * comes first, pairs of tokens by features for the other. What lies past the last token or feature becomes zero. */
 static void lay_out_pairs(const sampled_job *job, const share *s, int64_t start, int64_t tokens, int turned,
-                          uint16_t *padded) {
+                          const scratch *room) {
     const operand *o = s->of;
+    const uint16_t *gathered[PAIRED_TOKENS];
+    const void *found[PAIRED_TOKENS + SB_ROWS_AHEAD];
+    for (int64_t t = 0; t < PAIRED_TOKENS; t++) gathered[t] = room->panel + t * o->width;
     for (int64_t t = 0; t < tokens; t += PAIRED_TOKENS)
-        for (int64_t p = 0; p < s->count; p++) {
-            const int64_t feature = s->used[p] * o->width;
-            const int64_t present = sb_min(PAIRED_TOKENS, tokens - t), valid = sb_min(o->width, o->features - feature);
-            const uint16_t *in = (const uint16_t *)o->source + (start + t) * o->stride + feature;
-            uint16_t *out = (uint16_t *)s->packed + (p * job->tile + t) * o->width;
-            int64_t stride = o->stride;
-            fetch_panel(in, stride, present, o->width);
-            const int partly = present < PAIRED_TOKENS || valid < o->width;
-            if (partly) memset(padded, 0, (size_t)(PAIRED_TOKENS * o->width) * sizeof *padded);
-            if (partly || o->activation != SB_NONE) {
-                job->kernels->activate(SB_BFLOAT16, o->activation, in, stride, present, valid, padded, o->width);
-                in = padded;
-                stride = o->width;
+        for (int64_t p = 0, end, place, first; p < s->count; p = end) {
+            const int64_t present = sb_min(PAIRED_TOKENS, tokens - t);
+            end = end_of_place(s, p, &place, &first);
+            find_rows(job, o, place, start + t, present, found);
+            const uint16_t *rows[PAIRED_TOKENS];
+            for (int64_t m = 0; m < present; m++) rows[m] = found[m] ? found[m] : room->zeros;
+            for (; p < end; p++) {
+                const int64_t feature = (s->used[p] - first) * o->width;
+                const int whole = present == PAIRED_TOKENS && o->features - feature >= o->width && o->activation == SB_NONE;
+                uint16_t *out = (uint16_t *)s->packed + (p * job->tile + t) * o->width;
+                if (!o->window) fetch_panel(rows, present, feature, o->width);
+                if (!whole) gather(job, o, rows, present, feature, room->panel);
+                (turned ? job->kernels->turn_tokens : job->kernels->pair_tokens)(
+                    whole ? rows : gathered, whole ? feature : 0, o->width, out);
             }
-            if (turned) job->kernels->transpose(2, in, stride, PAIRED_TOKENS, o->width, out);
-            else job->kernels->pair(in, 1, stride, o->width, PAIRED_TOKENS, o->width, out, 0);
         }
 }
 
 static void lay_out(const sampled_job *job, const share *s, int64_t start, int64_t tokens) {
     const operand *o = s->of;
-    job->kernels->lay_out(&(sb_panels){
-        .source = o->source + start * o->stride * sb_size_of(job->sampled->dtype),
-        .out = (float *)s->packed,
-        .panels = s->used,
-        .count = s->count,
-        .stride = o->stride,
-        .tokens = tokens,
-        .features = o->features,
-        .width = o->width,
-        .out_stride = job->tile * o->width,
-        .dtype = job->sampled->dtype,
-        .activation = o->activation,
-    });
+    const void *rows[TOKENS + SB_ROWS_AHEAD];
+    for (int64_t p = 0, end, place, first; p < s->count; p = end) {
+        end = end_of_place(s, p, &place, &first);
+        find_rows(job, o, place, start, tokens, rows);
+        job->kernels->lay_out(&(sb_panels){
+            .rows = rows,
+            .out = (float *)s->packed + p * job->tile * o->width,
+            .panels = s->used + p,
+            .count = end - p,
+            .first = first,
+            .tokens = tokens,
+            .features = o->features,
+            .width = o->width,
+            .out_stride = job->tile * o->width,
+            .dtype = job->sampled->dtype,
+            .activation = o->activation,
+        });
+    }
 }
 
 /* Every block's product over a tile of tokens, added to its sums. */
@@ -170,8 +223,8 @@ static void run_tile(const sampled_job *job, const cell *c, int64_t start) {
         add_tile(job, c, tokens);
         return;
     }
-    lay_out_pairs(job, &c->dy, start, tokens, !job->x_first, c->padded);
-    lay_out_pairs(job, &c->x, start, tokens, job->x_first, c->padded);
+    lay_out_pairs(job, &c->dy, start, tokens, !job->x_first, &c->room);
+    lay_out_pairs(job, &c->x, start, tokens, job->x_first, &c->room);
     add_tile(job, c, sb_ceil_div(tokens, PAIRED_TOKENS) * PAIRED_TOKENS);
 }
 
@@ -198,17 +251,20 @@ static int cell_item(const void *context, int64_t item) {
     if (!c.count) return SB_OK;
     const size_t sums = sb_align((size_t)(c.count * w->block_out * w->block_in) * sizeof *c.sums);
     const size_t dy = packed_bytes(job, &c.dy), x = packed_bytes(job, &c.x);
-    const size_t padded = (size_t)(PAIRED_TOKENS * sb_max(w->block_out, w->block_in)) * sizeof *c.padded;
+    const size_t panel = (size_t)(PAIRED_TOKENS * sb_max(w->block_out, w->block_in)) * sizeof(uint16_t);
+    const size_t zeros = sb_align((size_t)(job->x.window ? job->x.features : 0) * sizeof(uint16_t));
     const size_t entries = (size_t)c.count * sizeof *c.entries;
     const int64_t rows = c.dy.last - c.dy.first, columns = c.x.last - c.x.first;
     const size_t lists = 2 * (size_t)(rows + columns) * sizeof(int32_t);
-    char *memory = sb_scratch(SB_ITEM, sums + dy + x + padded + entries + lists);
+    char *memory = sb_scratch(SB_ITEM, sums + dy + x + panel + zeros + entries + lists);
     if (!memory) return SB_NO_MEMORY;
     c.sums = (float *)memory;
     c.dy.packed = memory + sums;
     c.x.packed = c.dy.packed + dy;
-    c.padded = (uint16_t *)(c.x.packed + x);
-    c.entries = (entry *)((char *)c.padded + padded);
+    c.room.panel = (uint16_t *)(c.x.packed + x);
+    c.room.zeros = (uint16_t *)((char *)c.room.panel + panel);
+    memset(c.room.zeros, 0, zeros);
+    c.entries = (entry *)((char *)c.room.zeros + zeros);
     c.dy.used = (int32_t *)((char *)c.entries + entries);
     c.x.used = c.dy.used + rows;
     find_blocks(w, &c, c.x.used + columns);
@@ -221,7 +277,7 @@ static int cell_item(const void *context, int64_t item) {
 }
 
 static int64_t parts_of(const operand *o, int64_t size) {
-    return sb_min(sb_ceil_div(o->features * size, SIDE_BYTES), o->panels);
+    return sb_min(sb_ceil_div(o->panels * o->width * size, SIDE_BYTES), o->panels);
 }
 
 /* Cells of both operands, as many for every thread. */
@@ -229,7 +285,7 @@ static void cut(sampled_job *job) {
     const int64_t size = job->paired ? 2 : 4, threads = job->sampled->threads;
     job->dy.parts = parts_of(&job->dy, size);
     job->x.parts = parts_of(&job->x, size);
-    operand *wide = job->dy.features > job->x.features ? &job->dy : &job->x;
+    operand *wide = job->dy.panels * job->dy.width > job->x.panels * job->x.width ? &job->dy : &job->x;
     const int64_t others = wide == &job->x ? job->dy.parts : job->x.parts;
     const int64_t cells = sb_ceil_div(wide->parts * others, threads) * threads;
     wide->parts = sb_min(sb_ceil_div(cells, others), wide->panels);
@@ -251,6 +307,7 @@ static void share_out(const operand *o, const int32_t *living, int64_t across, i
 SB_API int sb_run_sampled(const sb_sampled *s) {
     const sb_weight *w = &s->weight;
     const int64_t rows = sb_ceil_div(w->out_features, w->block_out), columns = sb_ceil_div(w->in_features, w->block_in);
+    const sb_window *window = s->window.kernel_h ? &s->window : NULL;
     if (!w->crow[rows]) return SB_OK;
     int32_t *memory = calloc((size_t)(2 * (rows + columns + 1)), sizeof *memory);
     if (!memory) return SB_NO_MEMORY;
@@ -260,8 +317,21 @@ SB_API int sb_run_sampled(const sb_sampled *s) {
     sampled_job job = {
         .sampled = s,
         .kernels = sb_kernels_for(s->dtype, s->tokens),
-        .dy = {.source = s->grad, s->grad_stride, w->out_features, w->block_out, rows, .bounds = bounds},
-        .x = {.source = s->x, s->x_stride, w->in_features, w->block_in, columns, .bounds = bounds + rows + 1,
+        .dy = {.source = s->grad,
+               .stride = s->grad_stride,
+               .features = w->out_features,
+               .places = 1,
+               .width = w->block_out,
+               .panels = rows,
+               .bounds = bounds},
+        .x = {.source = s->x,
+              .window = window,
+              .stride = s->x_stride,
+              .features = window ? window->channels : w->in_features,
+              .places = window ? window->kernel_h * window->kernel_w : 1,
+              .width = w->block_in,
+              .panels = columns,
+              .bounds = bounds + rows + 1,
               .activation = s->activation},
     };
     job.paired = job.kernels->outer_pairs && w->block_out % 16 == 0 && w->block_in % 16 == 0;

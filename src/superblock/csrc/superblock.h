@@ -78,9 +78,11 @@ typedef struct {
     void *dbias;
 } sb_feed_forward;
 
-/* dvalues[b] = dy[:, rows of b]ᵀ act(x[:, columns of b]), blocks in order that lie as the weight's strides say. */
+/* dvalues[b] = dy[:, rows of b]ᵀ act(x[:, columns of b]), blocks in order that lie as the weight's strides say. Of a
+ * convolution, columns are those of the windows, and there is no activation. */
 typedef struct {
     sb_weight weight; /* values are the result */
+    sb_window window; /* kernel_h 0: x has a row a token */
     const void *grad, *x;
     int64_t tokens, grad_stride, x_stride;
     int32_t dtype, activation, threads;

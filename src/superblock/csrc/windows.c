@@ -7,31 +7,35 @@ static int64_t padded_channels(const sb_layer *layer, const sb_window *w) {
     return layer->padded_in / (w->kernel_h * w->kernel_w);
 }
 
-static const char *pixel_at(const sb_product *p, const char *image, int64_t row, int64_t column) {
-    const sb_window *w = &p->window;
+static const char *pixel_at(const sb_window *w, const char *image, int64_t size, int64_t row, int64_t column) {
     if (row < 0 || row >= w->height || column < 0 || column >= w->width) return NULL;
-    return image + (row * w->row_stride + column * w->pixel_stride) * sb_size_of(p->dtype);
+    return image + (row * w->row_stride + column * w->pixel_stride) * size;
+}
+
+void sb_window_rows(const sb_window *w, const void *x, int64_t size, int64_t place, int64_t token, int64_t count,
+                    const void **rows) {
+    const int64_t top = place / w->kernel_w * w->dilation_h - w->padding_h;
+    const int64_t left = place % w->kernel_w * w->dilation_w - w->padding_w;
+    int64_t column = token % w->out_width, row = token / w->out_width % w->out_height;
+    const char *image = (const char *)x + token / w->out_width / w->out_height * w->image_stride * size;
+    for (int64_t m = 0; m < count; m++) {
+        rows[m] = pixel_at(w, image, size, row * w->stride_h + top, column * w->stride_w + left);
+        if (++column < w->out_width) continue;
+        column = 0;
+        if (++row < w->out_height) continue;
+        row = 0;
+        image += w->image_stride * size;
+    }
 }
 
 void sb_pack_windows(const sb_layer *layer, const sb_product *p, int64_t token, int64_t count, int64_t group, char *packed) {
     const sb_window *w = &p->window;
-    const void *rows[SB_MAX_GROUP];
-    const int64_t padded = padded_channels(layer, w);
-    const char *images[SB_MAX_GROUP];
-    int64_t tops[SB_MAX_GROUP], lefts[SB_MAX_GROUP]; /* of each token's window; divided out once, not by position */
-    for (int64_t m = 0; m < count; m++) {
-        const int64_t pixel = token + m, row = pixel / w->out_width;
-        images[m] = (const char *)p->x + row / w->out_height * w->image_stride * sb_size_of(p->dtype);
-        tops[m] = row % w->out_height * w->stride_h - w->padding_h;
-        lefts[m] = pixel % w->out_width * w->stride_w - w->padding_w;
+    const void *rows[SB_MAX_GROUP] = {0};
+    const int64_t channels = padded_channels(layer, w), places = w->kernel_h * w->kernel_w;
+    for (int64_t place = 0; place < places; place++, packed += channels * group * layer->packed_size) {
+        sb_window_rows(w, p->x, sb_size_of(p->dtype), place, token, count, rows);
+        layer->kernels->pack(p->dtype, rows, group, group, w->channels, channels, layer->chunk, packed);
     }
-    for (int64_t m = count; m < group; m++) rows[m] = NULL;
-    for (int64_t i = 0; i < w->kernel_h; i++)
-        for (int64_t j = 0; j < w->kernel_w; j++, packed += padded * group * layer->packed_size) {
-            for (int64_t m = 0; m < count; m++)
-                rows[m] = pixel_at(p, images[m], tops[m] + i * w->dilation_h, lefts[m] + j * w->dilation_w);
-            layer->kernels->pack(p->dtype, rows, group, group, w->channels, padded, layer->chunk, packed);
-        }
 }
 
 /* So many groups of a row of the result that tiles have the least to multiply: AMX takes 16 tokens or 32 at a time. */
@@ -104,7 +108,7 @@ static void pack_line(const sb_layer *layer, const sb_product *p, const sb_image
         for (int64_t first = 0; first < rows->phase; first += SB_MAX_GROUP) {
             const int64_t count = sb_min(SB_MAX_GROUP, rows->phase - first);
             for (int64_t m = 0; m < count; m++)
-                pixels[m] = pixel_at(p, image, row, (first + m) * w->stride_w + rest - w->padding_w);
+                pixels[m] = pixel_at(w, image, sb_size_of(p->dtype), row, (first + m) * w->stride_w + rest - w->padding_w);
             layer->kernels->pack(p->dtype, pixels, count, rows->positions, w->channels, padded_channels(layer, w),
                                  layer->chunk, packed + (rest * rows->phase + first) * position_bytes);
         }

@@ -22,6 +22,10 @@ int sb_cut_image_rows(const sb_layer *layer, const sb_product *p, int32_t thread
 void sb_pack_image_rows(const sb_layer *layer, const sb_product *p, const sb_image_rows *rows, int64_t start,
                         sb_place *places, char *packed, sb_target *target);
 
+/* What so many tokens, from one on, see at a place of the kernel: pixels, or NULL beside the image. */
+void sb_window_rows(const sb_window *w, const void *x, int64_t size, int64_t place, int64_t token, int64_t count,
+                    const void **rows);
+
 /* Otherwise: the features of every place of the kernel, for one group of tokens. */
 void sb_pack_windows(const sb_layer *layer, const sb_product *p, int64_t token, int64_t count, int64_t group, char *packed);
 

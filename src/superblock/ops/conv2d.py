@@ -1,7 +1,4 @@
-"""``torch.ops.superblock.bsr_conv2d``: a convolution over a block-sparse kernel, its checks, shape and gradients.
-
-Its gradients go through the dense kernel, in torch's own operations: correct for every shape and order, not fast.
-"""
+"""``torch.ops.superblock.bsr_conv2d``: a convolution over a block-sparse kernel, its checks, shape and gradients."""
 
 from __future__ import annotations
 
@@ -13,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from superblock.errors import ConfigError, MatrixError
-from superblock.ops import direct, library, reference
+from superblock.ops import conv2d_gradients, direct, library, reference  # noqa: F401  The gradients are ops.
 from superblock.ops.backends import select
-from superblock.ops.convolution import KernelShape, Pair, channels_last, dense_kernel, output_size, row_length
+from superblock.ops.convolution import KernelShape, Pair, channels_last, output_size
+
+_ops = torch.ops.superblock
 
 library._lib.define(
     "bsr_conv2d(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, Tensor? residual, "
@@ -65,8 +64,8 @@ def bsr_conv2d(
         return _pointwise(x, weight, residual, stride, padding, activation)
     tensors = (x, values, crow_indices, col_indices, bias, residual)
     if graded and activation != "none":  # So that the backward finds what was activated, instead of computing it again.
-        return reference.activate(torch.ops.superblock.bsr_conv2d(*tensors, *geometry, "none"), activation)
-    y: Tensor = torch.ops.superblock.bsr_conv2d(*tensors, *geometry, activation)
+        return reference.activate(_ops.bsr_conv2d(*tensors, *geometry, "none"), activation)
+    y: Tensor = _ops.bsr_conv2d(*tensors, *geometry, activation)
     return y
 
 
@@ -140,26 +139,19 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, crow, col, bias, residual = ctx.saved_tensors
-    geometry = (ctx.kernel_shape, ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
+    geometry = (ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
+    weight = values, crow, col
     if ctx.activation != "none":  # Only by calling the op itself.
-        z = torch.ops.superblock.bsr_conv2d(x, values, crow, col, bias, residual, *geometry, "none")
+        z = _ops.bsr_conv2d(x, *weight, bias, residual, ctx.kernel_shape, *geometry, "none")
         grad = library._activation_gradient(grad, z, ctx.activation)
     need_x, need_values, _, _, need_bias, need_residual = ctx.needs_input_grad[:6]
-    out, channels, *_ = ctx.kernel_shape
-    dx, dkernel, dbias = torch.ops.aten.convolution_backward(
-        grad, x, dense_kernel(values, crow, col, ctx.kernel_shape), [out],
-        ctx.stride, ctx.padding, ctx.dilation, False, [0, 0], ctx.groups, [need_x, need_values, need_bias],
-    )  # fmt: skip
-    dvalues = None
+    dx = dvalues = None
+    if need_x:
+        dx = _ops.bsr_conv2d_grad_input(grad, *weight, ctx.kernel_shape, x.shape[2:], *geometry)
     if need_values:
-        _, height, width = values.shape
-        length = row_length(ctx.kernel_shape, width)
-        spare = length // math.prod(ctx.kernel_shape[2:]) - channels
-        rows = F.pad(dkernel.permute(0, 2, 3, 1), (0, spare)).reshape(out, length)
-        dvalues = reference.stored_blocks(rows, crow, col, height, width)
+        dvalues = _ops.bsr_conv2d_grad_values(grad, x, crow, col, ctx.kernel_shape, *geometry, *values.shape[1:])
+    dbias = grad.movedim(1, -1).reshape(-1, grad.shape[1]).sum(0) if need_bias else None
     return dx, dvalues, None, None, dbias, grad if need_residual else None, *(None,) * 6
 
 
-library._lib.impl("bsr_conv2d", _compute, "CompositeExplicitAutograd")
-torch.library.register_fake("superblock::bsr_conv2d", _fake, lib=library._lib)
-torch.library.register_autograd("superblock::bsr_conv2d", _backward, setup_context=_context, lib=library._lib)
+library.register("bsr_conv2d", _compute, _fake, _context, _backward)

@@ -15,6 +15,8 @@ from superblock.errors import MatrixError
 from superblock.ops import cpu_gradients, native
 from superblock.ops.arguments import Norm, UnsupportedError, Weight, check, residual_rows, rows_of
 from superblock.ops.cpu_conv2d import conv2d as conv2d
+from superblock.ops.cpu_conv2d_gradients import conv2d_grad_input as conv2d_grad_input
+from superblock.ops.cpu_conv2d_gradients import conv2d_grad_values as conv2d_grad_values
 from superblock.ops.native import pack_rows
 from superblock.ops.native import unsupported as unsupported
 from superblock.ops.prepared import Chain, Prepared, chain, prepare

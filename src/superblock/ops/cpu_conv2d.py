@@ -95,14 +95,34 @@ def _images_and_windows(x: Tensor, weight: Values, geometry: Geometry, activatio
     kernel_shape = geometry[0]
     shape = kernel_shape[0], row_length(kernel_shape, values.shape[2])
     prepared = prepare(values, crow, col, bias, shape, activation)
-    if x.dim() == 4 and x.stride(1) != 1:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    x = images_of(x)
     made_of = x.shape, x.stride(), x.dtype, x.device, *geometry
     windows: Windows | None = prepared.made.get("conv2d")
     if windows is None or windows.made_of != made_of:
         windows = _windows_of(prepared, x, geometry, made_of)
         prepared.made["conv2d"] = windows
     return x, windows
+
+
+def images_of(x: Tensor) -> Tensor:
+    """The images with their channels side by side, which is all that the core asks for."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() == 4 and x.stride(1) != 1 else x
+
+
+def window_of(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out_size: Sequence[int],
+    channels: int,
+) -> ctypes.Structure:
+    """Windows of so many channels over images in that order."""
+    by_image, _, by_row, by_pixel = x.stride()
+    return native.Window(
+        *kernel, *stride, *padding, *dilation, *x.shape[2:], *out_size, by_image, by_row, by_pixel, channels
+    )
 
 
 def _pair(sizes: Sequence[int]) -> Pair:
@@ -129,13 +149,11 @@ def _windows_of(prepared: Prepared, x: Tensor, geometry: Geometry, made_of: tupl
     out_size = output_size(size, kernel, stride, padding, dilation)
     if min(out_size) < 1:
         raise MatrixError(f"the window of {kernel[0]} × {kernel[1]} does not fit into images of {size[0]} × {size[1]}")
-    by_image, _, by_row, by_pixel = x.stride()
     product = native.Product.from_buffer_copy(prepared.product)
     product.tokens = count * math.prod(out_size)
     product.y_stride, product.residual_first = out_channels, True
-    product.window = native.Window(
-        *kernel, *stride, *padding, *dilation, *size, *out_size, by_image, by_row, by_pixel, channels
-    )
+    product.window = window_of(x, kernel, stride, padding, dilation, out_size, channels)
+    by_image, _, by_row, by_pixel = x.stride()
     rows = by_row == size[1] * by_pixel and by_image == size[0] * by_row  # All pixels lie at one distance.
     if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0) and rows:
         product.window.kernel_h = 0  # Every pixel in turn: the plain product of its channels.

@@ -24,7 +24,7 @@ def of_values(
     if len(grad) != len(x):
         raise MatrixError(f"grad and x must have the same tokens, got {len(grad)} and {len(x)}")
     sampled = native.Sampled(
-        weight_of(values, indices, out_features, in_features), grad.data_ptr(), x.data_ptr(),
+        weight_of(values, indices, out_features, in_features), native.Window(), grad.data_ptr(), x.data_ptr(),
         len(x), grad.stride(0), x.stride(0), native.DTYPES[x.dtype], native.ACTIVATIONS[activation], get_num_threads(),
     )  # fmt: skip
     sampled.alive = grad, x, indices

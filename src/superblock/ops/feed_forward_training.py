@@ -178,7 +178,7 @@ def _gradient_fake(grad: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 
 
 def _grad_values_fake(grad: Tensor, z: Tensor, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
-    return library._as_values_lie(grad.new_empty(col.shape[0], *rest[-3:-1]))
+    return library.as_values_lie(grad.new_empty(col.shape[0], *rest[-3:-1]))
 
 
 def _bias_gradient_fake(grad: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -23,15 +22,24 @@ class Indices:
     cols: Tensor
     block_columns: int
     sources: tuple[Tensor, ...] = ()  # What they were made of, whose addresses no other tensor may take.
+    _transposed: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False)
 
-    @cached_property
-    def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``(crow, cols, ids)`` of the transposed matrix; entry ``i`` of it is block ``ids[i]`` of this one."""
-        ids = torch.argsort(self.cols, stable=True)
-        crow = torch.zeros(self.block_columns + 1, dtype=torch.int32)
-        crow[1:] = torch.bincount(self.cols, minlength=self.block_columns).cumsum(0)
-        rows = row_indices(self.crow, self.cols.numel())
-        return crow, rows[ids].int(), ids.int()
+    def transposed(self, places: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """``(crow, cols, ids)`` of the transposed matrix; entry ``i`` of it is block ``ids[i]`` of this one.
+
+        Of a kernel of several places, as :func:`superblock.ops.convolution.matrix_of` lays it out: that of the kernel
+        whose places are reversed and whose channels are exchanged.
+        """
+        found = self._transposed.get(places)
+        if found is None:
+            blocks, block_rows = self.block_columns // places, self.crow.numel() - 1
+            place, block = self.cols.long().div(blocks, rounding_mode="floor"), self.cols.long() % blocks
+            cols = (places - 1 - place) * block_rows + row_indices(self.crow, self.cols.numel())
+            ids = torch.argsort(block * (places * block_rows) + cols)
+            crow = torch.zeros(blocks + 1, dtype=torch.int32)
+            crow[1:] = torch.bincount(block, minlength=blocks).cumsum(0)
+            found = self._transposed[places] = crow, cols[ids].int(), ids.int()
+        return found
 
 
 _Derived = TypeVar("_Derived")

@@ -13,6 +13,7 @@ op                   result                      gradients
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -174,10 +175,10 @@ def _grad_values(
     grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, out_features: int, in_features: int, height: int, width: int
 ) -> Tensor:
     backend = select(grad.device.type, grad.dtype, height, width)
-    return _as_values_lie(backend.grad_values(grad, x, crow, col, out_features, in_features, height, width))
+    return as_values_lie(backend.grad_values(grad, x, crow, col, out_features, in_features, height, width))
 
 
-def _as_values_lie(gradient: Tensor) -> Tensor:
+def as_values_lie(gradient: Tensor) -> Tensor:
     """As layers lay out the values themselves: autograd then takes the gradient as it is, without a copy."""
     return feature_major(gradient) if gradient.device.type == "cpu" else gradient
 
@@ -195,7 +196,7 @@ def _grad_input_fake(grad: Tensor, *rest: Any) -> Tensor:
 
 
 def _grad_values_fake(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
-    return _as_values_lie(grad.new_empty(col.shape[0], *rest[-2:]))
+    return as_values_lie(grad.new_empty(col.shape[0], *rest[-2:]))
 
 
 def _activation_gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
@@ -308,6 +309,19 @@ def _activation_gradient_fake(grad: Tensor, z: Tensor, activation: str) -> tuple
     return torch.empty_like(z, memory_format=torch.contiguous_format), z.new_empty(z.shape[-1])
 
 
+def register(
+    name: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    context: Callable[..., None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """An op that the library defines: what it computes, the shape of that, and its gradients."""
+    _lib.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"superblock::{name}", fake, lib=_lib)
+    torch.library.register_autograd(f"superblock::{name}", backward, setup_context=context, lib=_lib)
+
+
 def _register() -> None:
     _lib.impl("activation_gradient", _activation_and_bias_gradients, "CompositeExplicitAutograd")
     torch.library.register_fake("superblock::activation_gradient", _activation_gradient_fake, lib=_lib)
@@ -323,10 +337,8 @@ def _register() -> None:
         ("bsr_grad_input", _grad_input, _grad_input_fake, _grad_input_context, _grad_input_backward),
         ("bsr_grad_values", _grad_values, _grad_values_fake, _grad_values_context, _grad_values_backward),
     )
-    for name, compute, fake, context, backward in rows:
-        _lib.impl(name, compute, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"superblock::{name}", fake, lib=_lib)
-        torch.library.register_autograd(f"superblock::{name}", backward, setup_context=context, lib=_lib)
+    for row in rows:
+        register(*row)
 
 
 _register()

@@ -68,6 +68,7 @@ SelfAttention = _structure(
 Sampled = _structure(
     "Sampled",
     ("weight", Weight),
+    ("window", Window),
     ("grad x", "pointer"),
     ("tokens grad_stride x_stride", "int64"),
     ("dtype activation threads", "int32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -36,12 +37,8 @@ class Prepared:
     @cached_property
     def transposed(self) -> Prepared:
         """The product with the transposed weight, over the same values, without bias and activation."""
-        weight, (crow, cols, ids) = self.product.weight, self.indices.transposed
         product = native.Product(dtype=self.product.dtype)
-        product.weight = native.Weight(
-            weight.values, crow.data_ptr(), cols.data_ptr(), ids.data_ptr(), weight.in_features, weight.out_features,
-            weight.block_in, weight.block_out, weight.in_stride, weight.out_stride, weight.block_stride,
-        )  # fmt: skip
+        product.weight = self.transposed_weight()
         return replace(
             self,
             product=product,
@@ -49,6 +46,17 @@ class Prepared:
             out_features=self.in_features,
             in_features=self.out_features,
         )
+
+    def transposed_weight(self, places: int = 1, channels: int | None = None) -> ctypes.Structure:
+        """The transposed weight, or a kernel of so many places turned as :meth:`Indices.transposed` turns it."""
+        weight, addresses = self.product.weight, [index.data_ptr() for index in self.indices.transposed(places)]
+        length = weight.out_features
+        if places > 1:  # Whole blocks at every place.
+            length = places * math.ceil(length / weight.block_out) * weight.block_out
+        return native.Weight(
+            weight.values, *addresses, channels or weight.in_features, length,
+            weight.block_in, weight.block_out, weight.in_stride, weight.out_stride, weight.block_stride,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

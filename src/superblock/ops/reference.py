@@ -5,12 +5,15 @@ Each function builds the dense weight, so none is fast; every other backend must
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from superblock.bsr import block_grid, dense_of, row_indices
-from superblock.ops.convolution import KernelShape, channels_last, dense_kernel
+from superblock.ops.convolution import KernelShape, Pair, channels_last, dense_kernel, row_length
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -95,9 +98,9 @@ def conv2d(
     bias: Tensor | None,
     residual: Tensor | None,
     kernel_shape: KernelShape,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
     groups: int,
     activation: str,
 ) -> Tensor:
@@ -106,6 +109,46 @@ def conv2d(
     z = F.conv2d(x, kernel, bias, stride, padding, dilation, groups)
     y = channels_last(len(z), z.shape[2:], kernel_shape[0], z)
     return y.copy_(activate(z if residual is None else z + residual, activation))
+
+
+def conv2d_grad_input(
+    grad: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    kernel_shape: KernelShape,
+    size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """``dx`` of images of ``size``, in channels-last order."""
+    kernel = dense_kernel(values, crow_indices, col_indices, kernel_shape)
+    dx = channels_last(len(grad), size, kernel_shape[1] * groups, grad)
+    return dx.copy_(conv2d_input(dx.shape, kernel, grad, stride, padding, dilation, groups))
+
+
+def conv2d_grad_values(
+    grad: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    kernel_shape: KernelShape,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    block_height: int,
+    block_width: int,
+) -> Tensor:
+    """``dW`` at the stored blocks: ``[nnz, bh, bw]``, zero beyond the kernel's edges."""
+    out, channels, *_ = kernel_shape
+    dkernel = conv2d_weight(x, kernel_shape, grad, stride, padding, dilation, groups)
+    length = row_length(kernel_shape, block_width)
+    spare = length // math.prod(kernel_shape[2:]) - channels
+    rows = F.pad(dkernel.permute(0, 2, 3, 1), (0, spare)).reshape(out, length)
+    return stored_blocks(rows, crow_indices, col_indices, block_height, block_width)
 
 
 def unsupported(dtype: torch.dtype, block_height: int, block_width: int) -> str | None:

@@ -81,7 +81,7 @@ class Plan:
 
     def _derive_walk(self, merged: int, transposed: bool) -> Walk:
         if transposed:
-            crow, cols, ids = self.indices.transposed
+            crow, cols, ids = self.indices.transposed()
             columns = self.block_rows
         else:
             crow, cols, columns = self.indices.crow, self.indices.cols, self.indices.block_columns
