@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from ctypes import byref
 from typing import Any
@@ -30,27 +31,45 @@ def conv2d_grad_input(
 ) -> Tensor:
     """``dx`` of images of ``size``: ``dy`` convolved with the turned kernel, over the same values.
 
-    Strided convolutions and those of several groups go through the dense kernel.
+    With a stride, every pixel between two of its steps sees places of its own. Convolutions of several groups, and
+    those with both a stride and a dilation, go through the dense kernel.
     """
-    geometry = tuple(stride), tuple(padding), tuple(dilation)
-    if geometry[0] != (1, 1) or groups != 1:
+    if groups != 1 or any(step > 1 and spread > 1 for step, spread in zip(stride, dilation, strict=True)):
         return reference.conv2d_grad_input(
             grad, values, crow_indices, col_indices, kernel_shape, size, stride, padding, dilation, groups
         )
     out_channels, channels, *kernel = kernel_shape
-    _check_grad(grad, values.dtype, out_channels, output_size(size, kernel, *geometry))
+    _check_grad(grad, values.dtype, out_channels, output_size(size, kernel, stride, padding, dilation))
     shape = out_channels, row_length(kernel_shape, values.shape[2])
     prepared = prepare(values, crow_indices, col_indices, None, shape, "none")
     grad, dx = images_of(grad), channels_last(len(grad), size, channels, grad)
-    places = math.prod(kernel)
-    turned = [dilation[i] * (kernel[i] - 1) - padding[i] for i in range(2)]
-    product = native.Product(dtype=prepared.product.dtype, threads=get_num_threads())
-    product.weight = prepared.transposed_weight(places, channels)
-    product.window = window_of(grad, kernel, (1, 1), turned, dilation, size, out_channels)
-    product.x, product.y, product.y_stride = grad.data_ptr(), dx.data_ptr(), channels
-    product.tokens = len(grad) * math.prod(size)
-    check(native.library().sb_run_product(byref(product)))
+    for down, right in itertools.product(*map(range, stride)):
+        part = dx[:, :, down :: stride[0], right :: stride[1]]
+        seen = [_places(*each) for each in zip((down, right), kernel, stride, padding, dilation, strict=True)]
+        if not part.numel() or not all(places for places, _ in seen):
+            part.zero_()
+            continue
+        (rows, top), (columns, left) = seen
+        sizes, turn = (len(rows), len(columns)), [-1] * math.prod(kernel)
+        for (i, row), (j, column) in itertools.product(enumerate(reversed(rows)), enumerate(reversed(columns))):
+            turn[row * kernel[1] + column] = i * sizes[1] + j
+        y = part if part.shape == dx.shape else channels_last(len(grad), part.shape[2:], channels, grad)
+        product = native.Product(dtype=prepared.product.dtype, threads=get_num_threads())
+        product.weight = prepared.transposed_weight(channels, tuple(turn))
+        product.window = window_of(grad, sizes, (1, 1), (top, left), dilation, y.shape[2:], out_channels)
+        product.x, product.y, product.y_stride = grad.data_ptr(), y.data_ptr(), channels
+        product.tokens = len(grad) * math.prod(y.shape[2:])
+        check(native.library().sb_run_product(byref(product)))
+        if y is not part:
+            part.copy_(y)
     return dx
+
+
+def _places(first: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[range, int]:
+    """Along one axis: the places that see pixels ``first``, ``first + stride`` and so on, and the padding of ``dy``."""
+    places = range((first + padding) % stride, kernel, stride)
+    reach = (len(places) - 1) * dilation
+    return places, reach - (first + padding) // stride
 
 
 def conv2d_grad_values(

@@ -22,23 +22,25 @@ class Indices:
     cols: Tensor
     block_columns: int
     sources: tuple[Tensor, ...] = ()  # What they were made of, whose addresses no other tensor may take.
-    _transposed: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False)
+    _transposed: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False)
 
-    def transposed(self, places: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    def transposed(self, turn: tuple[int, ...] = (0,)) -> tuple[Tensor, Tensor, Tensor]:
         """``(crow, cols, ids)`` of the transposed matrix; entry ``i`` of it is block ``ids[i]`` of this one.
 
-        Of a kernel of several places, as :func:`superblock.ops.convolution.matrix_of` lays it out: that of the kernel
-        whose places are reversed and whose channels are exchanged.
+        Of a kernel of several places, as :func:`superblock.ops.convolution.matrix_of` lays it out, it is that of the
+        kernel whose channels are exchanged and whose place ``p`` goes to ``turn[p]``, or is left out if that is -1.
         """
-        found = self._transposed.get(places)
+        found = self._transposed.get(turn)
         if found is None:
-            blocks, block_rows = self.block_columns // places, self.crow.numel() - 1
-            place, block = self.cols.long().div(blocks, rounding_mode="floor"), self.cols.long() % blocks
-            cols = (places - 1 - place) * block_rows + row_indices(self.crow, self.cols.numel())
-            ids = torch.argsort(block * (places * block_rows) + cols)
+            blocks, block_rows = self.block_columns // len(turn), self.crow.numel() - 1
+            place = torch.tensor(turn)[self.cols.long().div(blocks, rounding_mode="floor")]
+            ids = (place >= 0).nonzero()[:, 0]
+            block, rows = self.cols[ids].long() % blocks, row_indices(self.crow, self.cols.numel())[ids]
+            cols = place[ids] * block_rows + rows
+            order = torch.argsort(block * (len(turn) * block_rows) + cols)
             crow = torch.zeros(blocks + 1, dtype=torch.int32)
             crow[1:] = torch.bincount(block, minlength=blocks).cumsum(0)
-            found = self._transposed[places] = crow, cols[ids].int(), ids.int()
+            found = self._transposed[turn] = crow, cols[order].int(), ids[order].int()
         return found
 
 

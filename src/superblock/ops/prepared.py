@@ -47,12 +47,12 @@ class Prepared:
             in_features=self.out_features,
         )
 
-    def transposed_weight(self, places: int = 1, channels: int | None = None) -> ctypes.Structure:
-        """The transposed weight, or a kernel of so many places turned as :meth:`Indices.transposed` turns it."""
-        weight, addresses = self.product.weight, [index.data_ptr() for index in self.indices.transposed(places)]
+    def transposed_weight(self, channels: int | None = None, turn: tuple[int, ...] = (0,)) -> ctypes.Structure:
+        """The transposed weight, or a kernel of so many channels turned as :meth:`Indices.transposed` does."""
+        weight, addresses = self.product.weight, [index.data_ptr() for index in self.indices.transposed(turn)]
         length = weight.out_features
-        if places > 1:  # Whole blocks at every place.
-            length = places * math.ceil(length / weight.block_out) * weight.block_out
+        if len(turn) > 1:  # Whole blocks at every place.
+            length = (max(turn) + 1) * math.ceil(length / weight.block_out) * weight.block_out
         return native.Weight(
             weight.values, *addresses, channels or weight.in_features, length,
             weight.block_in, weight.block_out, weight.in_stride, weight.out_stride, weight.block_stride,
