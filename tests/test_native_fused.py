@@ -131,19 +131,17 @@ def test_gradients_of_convolutions_match_the_reference(case: tuple[Any, ...], dt
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_convolution_does_not_depend_on_the_threads(case: tuple[Any, ...]) -> None:
+def test_gradients_of_kernels_do_not_depend_on_the_threads(case: tuple[Any, ...]) -> None:
     count, channels, out, size, kernel, *geometry, groups, block = case
     weight = blocky_kernel(out, channels // groups, kernel, block, torch.float32)
     matrix, x = matrix_of(weight, block), torch.randn(count, channels, *size)
     arguments = matrix.values, matrix.crow_indices, matrix.col_indices, None, None
+    y, sizes = cpu.conv2d(x, *arguments, tuple(weight.shape), *geometry, groups), matrix.values.shape[1:]
     results = []
     for threads in (3, 1):
         torch.set_num_threads(threads)
-        y = cpu.conv2d(x, *arguments, tuple(weight.shape), *geometry, groups)
-        sizes = tuple(weight.shape), *geometry, groups, *matrix.values.shape[1:]
-        results.append((y, cpu.conv2d_grad_values(y, x, *arguments[1:3], *sizes)))
-    for parallel, serial in zip(*results, strict=True):
-        assert torch.equal(parallel, serial)
+        results.append(cpu.conv2d_grad_values(y, x, *arguments[1:3], tuple(weight.shape), *geometry, groups, *sizes))
+    assert torch.equal(*results)
 
 
 def test_a_kernel_survives_its_matrix() -> None:
@@ -171,6 +169,10 @@ def test_what_does_not_convolve_is_refused() -> None:
         cpu.conv2d(torch.zeros(1, 9, 4, 4), *arguments, None, (16, 8, 3, 3))
     with pytest.raises(MatrixError, match="16 output channels in 4 groups must divide into blocks of 8"):
         cpu.conv2d(torch.zeros(1, 32, 4, 4), *arguments, None, (16, 8, 3, 3), groups=4)
+    with pytest.raises(MatrixError, match="16 output channels in 3 groups must divide into blocks of 8"):
+        cpu.conv2d(torch.zeros(1, 24, 4, 4), *arguments, None, (16, 8, 3, 3), groups=3)
+    with pytest.raises(MatrixError, match=r"dilation must be two numbers of at least 1, got \(-1, 1\)"):
+        cpu.conv2d(torch.zeros(1, 8, 4, 4), *arguments, None, (16, 8, 3, 3), dilation=(-1, 1))
     with pytest.raises(MatrixError, match=r"residual must be \(1, 16, 2, 2\), as the result is, got \(1, 16, 3, 3\)"):
         cpu.conv2d(torch.zeros(1, 8, 4, 4), *arguments, torch.zeros(1, 16, 3, 3), (16, 8, 3, 3))
     with pytest.raises(MatrixError, match="the window of 3 × 3 does not fit into images of 2 × 2"):
@@ -187,6 +189,15 @@ def test_what_does_not_convolve_is_refused() -> None:
         cpu.conv2d_grad_values(grad.bfloat16(), x, *places, *rest, *sizes)
     with pytest.raises(MatrixError, match=r"x must be \[n, 8, h, w\] on cpu, got \(1, 9, 4, 4\) on cpu"):
         cpu.conv2d_grad_values(grad, torch.zeros(1, 9, 4, 4), *places, *rest, *sizes)
+    for call in (
+        lambda: cpu.conv2d_grad_input(grad, arguments[0], *places, (4, 4), (0, 1), *rest[1:]),
+        lambda: cpu.conv2d_grad_values(grad, x, *places, (0, 1), *rest[1:], *sizes),
+    ):
+        with pytest.raises(MatrixError, match=r"stride must be two numbers of at least 1, got \(0, 1\)"):
+            call()
+    for shape in ((16, 8, 0, 3), (16, 8, 3, 0)):
+        with pytest.raises(MatrixError, match="kernel must be two numbers of at least 1"):
+            cpu.conv2d_grad_input(grad, arguments[0], *arguments[1:3], shape, (4, 4), *rest)
     with pytest.raises(MatrixError, match="grad and x must have the same images, got 2 and 1"):
         cpu.conv2d_grad_values(grad.repeat(2, 1, 1, 1), x, *places, *rest, *sizes)
     with pytest.raises(MatrixError, match=r"expected a kernel \[out, c, kh, kw\], got shape \(4, 4\)"):

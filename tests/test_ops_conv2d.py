@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from native_cases import needs_core
+from native_cases import Seen, needs_core
 
 from superblock.errors import ConfigError, MatrixError
 from superblock.ops import ACTIVATIONS
@@ -190,6 +190,9 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
             MatrixError,
             r"residual must be \(2, 30, 9, 7\), the shape of the convolution, got \(2, 30, 9, 9\)",
         ),
+        ({"stride": (0, 1)}, MatrixError, r"stride must be two numbers of at least 1, got \(0, 1\)"),
+        ({"dilation": (-1, -1)}, MatrixError, r"dilation must be two numbers of at least 1, got \(-1, -1\)"),
+        ({"padding": (0, -1)}, MatrixError, r"padding must be two numbers of at least 0, got \(0, -1\)"),
         ({"activation": "tanh"}, ConfigError, "activation must be one of none, relu, gelu, gelu_tanh, silu"),
     ],
 )
@@ -198,6 +201,33 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], error: type[Excep
     arguments = {**tensors, "residual": None, "kernel_shape": tuple(dense.shape), **geometry}
     with pytest.raises(error, match=message):
         bsr_conv2d(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("kernel", [(3, 0), (0, 3)])
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_kernel_without_places_is_refused(kernel: tuple[int, int], graded: bool) -> None:
+    x, indices = torch.randn(2, 8, 9, 9, requires_grad=graded), (torch.zeros(2).int(), torch.zeros(0).int())
+    with pytest.raises(MatrixError, match="kernel must be two numbers of at least 1"):
+        bsr_conv2d(x, torch.zeros(0, 8, 8), *indices, None, None, (8, 8, *kernel))
+
+
+@pytest.mark.parametrize("name", ["bsr_conv2d_grad_input", "bsr_conv2d_grad_values"])
+def test_second_derivatives_are_taken_only_where_asked_for(name: str) -> None:
+    tensors, dense, geometry = case_of(CASES[0], torch.float32)
+    x, values, crow, col, _ = tensors.values()
+    grad = torch.randn(F.conv2d(x, dense, **geometry).shape)
+    other, sizes = (values, [x.shape[2:]]) if name.endswith("input") else (x, [])
+    blocks = [] if name.endswith("input") else values.shape[1:]
+    for asked, unasked in ((grad, other), (other, grad)):
+        asked.requires_grad_()
+        unasked.requires_grad_(False)
+        gradient = getattr(torch.ops.superblock, name)(
+            grad, other, crow, col, tuple(dense.shape), *sizes, *geometry.values(), *blocks
+        )
+        with Seen() as seen:
+            gradient.sum().backward()
+        assert len([op for op in seen.names if "superblock" in op]) == 1
+        asked.grad = None
 
 
 @needs_core

@@ -26,8 +26,8 @@
 enum { SIDE = 16 };
 
 /* Tile registers: 0 to 4 hold sums, 5 tokens, 6 and 7 weights; for panels of 16 and more in chunks of 32 all are alike,
- * which attention relies on. Tokens are always read by 16: past a group's last token lies its next chunk, or the sums,
- * and what becomes of it is never looked at. */
+ * which attention relies on. Tokens are always read by 16: past a group's last token lies its next chunk, another
+ * position or the sums, and what becomes of it is never looked at. */
 static void prepare(int64_t panel, int64_t chunk) {
     struct {
         uint8_t palette, start_row, reserved[14];

@@ -5,8 +5,9 @@
 #include "superblock.h"
 
 /* Packed activations are chunks of 8 features: [features / 8][group of tokens][8], so that a group's tile of any
- * block is one contiguous run, whatever the stride of x (a power of two would thrash the cache's sets). An instruction
- * set may prefer chunks of 16 or 32 where they divide the block. */
+ * block is one contiguous run, whatever the stride of x (a power of two would thrash the cache's sets); of rows of images
+ * [features / 8][positions][8], of which a group's tile is a run a chunk. An instruction set may prefer chunks of 16 or 32
+ * where they divide the block. */
 enum { SB_CHUNK = 8, SB_MAX_GROUP = 32, SB_MAX_PANEL = 64 };
 
 /* acc[m][n] = sum over blocks of x[m][k] * w[k][n], for one group of tokens and one panel of outputs. */
@@ -45,7 +46,7 @@ typedef struct {
 } sb_epilogue;
 
 /* Tokens by block, activated, as floats: out[i][t][n] is feature n of panel `panels[i]` of rows[t], whose features begin
- * with panel `first`; zero past the last feature, and for rows that are NULL. SB_ROWS_AHEAD more rows may be fetched. */
+ * with panel `first`; zero past the last feature, and for rows that are NULL. SB_ROWS_AHEAD more rows are listed, to be fetched. */
 enum { SB_ROWS_AHEAD = 2 };
 typedef struct {
     const void *const *rows;

@@ -176,12 +176,12 @@ static void add_panel(const sb_layer *layer, const sb_target *t, int64_t row, in
     s->width += panel;
 }
 
-int64_t sb_count_groups(const sb_target *t) { return t->places ? t->groups : sb_ceil_div(t->tokens, t->group); }
+int64_t sb_count_groups(const sb_target *t) { return t->group_starts ? t->groups : sb_ceil_div(t->tokens, t->group); }
 
-int64_t sb_first_token(const sb_target *t, int64_t group) { return t->places ? t->places[group].token : group * t->group; }
+int64_t sb_first_token(const sb_target *t, int64_t group) { return t->group_starts ? t->group_starts[group].token : group * t->group; }
 
 const char *sb_packed_group(const sb_layer *layer, const sb_target *t, int64_t group) {
-    const int64_t at = t->places ? t->places[group].position * layer->chunk : group * t->group * layer->padded_in;
+    const int64_t at = t->group_starts ? t->group_starts[group].position * layer->chunk : group * t->group * layer->padded_in;
     return (const char *)t->packed + at * layer->packed_size;
 }
 
@@ -226,7 +226,7 @@ static int finishes(const sb_layer *layer, const sb_target *t, const strip *s, i
 static void finish_groups(const sb_layer *layer, const sb_target *t, strip *s, const sb_epilogue *e, int64_t groups) {
     float bias[SB_MAX_PANEL] = {0};
     if (e->bias) memcpy(bias, e->bias, (size_t)s->width * sizeof *bias);
-    const int64_t run = t->places ? 1 : groups; /* that lie at equal steps */
+    const int64_t run = t->group_starts ? 1 : groups; /* that lie at equal steps */
     for (int64_t group = 0; group < groups; group += run) {
         const int64_t token = sb_first_token(t, group);
         const sb_tile tile = {
@@ -239,7 +239,7 @@ static void finish_groups(const sb_layer *layer, const sb_target *t, strip *s, c
             .residual = t->residual ? (const float *)t->residual + token * t->residual_stride + s->column : NULL,
             .residual_stride = t->residual_stride,
             .groups = run,
-            .group_bytes = t->group * (t->places ? layer->chunk : layer->padded_in) * layer->packed_size,
+            .group_bytes = t->group * (t->group_starts ? layer->chunk : layer->padded_in) * layer->packed_size,
             .stream = e->stream,
         };
         multiply(layer, s, &tile, t->group);
@@ -285,7 +285,7 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
     sb_epilogue e = sb_layer_epilogue(layer, t, column, s->width);
     if (e.columns <= 0 && e.packed_columns <= 0) return;
     e.acc = acc;
-    const int64_t groups = sb_count_groups(t), whole = t->places ? groups : t->tokens / t->group;
+    const int64_t groups = sb_count_groups(t), whole = t->group_starts ? groups : t->tokens / t->group;
     const int64_t finished = finishes(layer, t, s, e.columns) ? whole : 0;
     if (finished) finish_groups(layer, t, s, &e, finished);
     if (t->ahead_y) fetch_lines(t, column * t->group * size, e.columns * t->group * size);

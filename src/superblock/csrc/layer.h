@@ -33,7 +33,7 @@ enum { SB_ACC_BYTES = SB_MAX_GROUP * SB_MAX_PANEL * 4 };
 /* A group among others that it may overlap: its first token, and where that is among the packed positions. */
 typedef struct {
     int32_t token, position;
-} sb_place;
+} sb_start;
 
 /* One tile of tokens: where its packed features lie and where its results go. */
 typedef struct sb_target {
@@ -41,7 +41,7 @@ typedef struct sb_target {
     int64_t tokens, group; /* the last group may be partly filled */
     /* NULL: the groups lie one after the other. Else every chunk of features has so many positions, in which the layer's
      * columns are counted too. */
-    const sb_place *places;
+    const sb_start *group_starts;
     int64_t groups, positions;
     const void *bias, *residual;
     void *y, *preactivation;
@@ -62,10 +62,10 @@ const char *sb_packed_group(const sb_layer *layer, const sb_target *target, int6
 
 /* Elements from a chunk of a group's packed features to the next, and what columns are counted in. */
 static inline int64_t sb_chunk_stride(const sb_layer *layer, const sb_target *t) {
-    return (t->places ? t->positions : t->group) * layer->chunk;
+    return (t->group_starts ? t->positions : t->group) * layer->chunk;
 }
 static inline int64_t sb_column_stride(const sb_layer *layer, const sb_target *t) {
-    return t->places ? layer->chunk : t->group * layer->weight.block_in;
+    return t->group_starts ? layer->chunk : t->group * layer->weight.block_in;
 }
 
 /* Multiply the packed groups with block rows [first, last). */

@@ -42,7 +42,7 @@ typedef struct {
 
 /* All block rows of a group before the next group, whose lines are fetched meanwhile. */
 static void run_by_group(const sb_layer *layer, const sb_target *tile, int64_t first, int64_t last, float *acc) {
-    static const sb_place first_place = {0};
+    static const sb_start beginning = {0};
     const int64_t size = sb_size_of(layer->dtype), group = tile->group, out = layer->weight.out_features;
     const int whole = tile->residual && tile->y_stride == out && tile->residual_stride == out;
     for (int64_t g = 0; g < sb_count_groups(tile); g++) {
@@ -50,7 +50,7 @@ static void run_by_group(const sb_layer *layer, const sb_target *tile, int64_t f
         const int64_t token = sb_first_token(tile, g), y = token * t.y_stride * size, left = t.tokens - token;
         t.tokens = sb_min(group, left);
         t.packed = sb_packed_group(layer, tile, g);
-        if (t.places) t.places = &first_place, t.groups = 1;
+        if (t.group_starts) t.group_starts = &beginning, t.groups = 1;
         t.y = (char *)t.y + y;
         t.preactivation = t.preactivation ? (char *)t.preactivation + y : NULL;
         if (t.residual) t.residual = (const char *)t.residual + token * t.residual_stride * size;
@@ -69,16 +69,16 @@ static int product_item(const void *context, int64_t item) {
     const int64_t start = item / cut->splits * cut->tile, part = item % cut->splits;
     const int64_t tokens = sb_min(cut->tile, job->product->tokens - start);
     const sb_image_rows *rows = job->image_rows.positions ? &job->image_rows : NULL;
-    const size_t features = rows ? rows->features : (size_t)(cut->tile * layer->padded_in);
-    const size_t packed_bytes = sb_align(features * (size_t)layer->packed_size);
-    const size_t places_bytes = rows ? sb_align(rows->places * sizeof(sb_place)) : 0;
-    const size_t bytes = packed_bytes + SB_ACC_BYTES + (size_t)sb_layer_strip_bytes(layer) + places_bytes;
+    const int64_t features = rows ? rows->features : cut->tile * layer->padded_in;
+    const size_t packed_bytes = sb_align((size_t)(features * layer->packed_size));
+    const size_t starts_bytes = rows ? sb_align((size_t)rows->starts * sizeof(sb_start)) : 0;
+    const size_t bytes = packed_bytes + SB_ACC_BYTES + (size_t)sb_layer_strip_bytes(layer) + starts_bytes;
     char *scratch = sb_scratch(SB_ITEM, bytes + sb_normalized_bytes(job->product, cut->group));
     if (!scratch) return SB_NO_MEMORY;
     sb_target target = sb_target_of(job->product, start, tokens, cut->group);
     if (rows) {
-        sb_place *places = (sb_place *)(scratch + bytes - places_bytes);
-        sb_pack_image_rows(layer, job->product, rows, start, places, scratch, &target);
+        sb_start *starts = (sb_start *)(scratch + bytes - starts_bytes);
+        sb_pack_image_rows(layer, job->product, rows, start, starts, scratch, &target);
     } else {
         sb_pack_tile(layer, job->product, start, tokens, cut->group, scratch + bytes, scratch);
         /* Columns count from the first feature of all, of which some may not be packed. */

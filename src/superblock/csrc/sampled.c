@@ -3,7 +3,8 @@
  * The weight is cut into cells of some block rows and columns, whose sums and operands of a tile of tokens share L2:
  * tile by tile both operands are laid out by block, [block row or column][token][features of the block] in float32, or
  * in the pairs that the kernels' own bfloat16 products take, and every living block adds its product. So dy and x are
- * read once a cell in the order in which they lie, and copies of them never leave L2. A cell's sums stay with one
+ * read once a cell in the order in which they lie, the images of a convolution once a place of the kernel, and copies of
+ * them never leave L2. A cell's sums stay with one
  * thread and one order of tokens, so the result does not depend on the number of threads.
  */
 #include "layer.h"
@@ -52,14 +53,14 @@ typedef struct {
 /* Of pairs: a panel of 32 tokens that cannot be laid out from where it lies, and a row beside the image. */
 typedef struct {
     uint16_t *panel, *zeros;
-} scratch;
+} spare;
 
 typedef struct {
     share dy, x;
     entry *entries;
     int64_t count;
     float *sums;
-    scratch room;
+    spare room;
 } cell;
 
 /* The first of entries [from, to) at or past a column. */
@@ -84,7 +85,7 @@ static int64_t count_blocks(const sb_weight *w, const cell *c) {
     return count;
 }
 
-/* Numbers the marked panels in order, and lists them. */
+/* Numbers the marked panels in order, where the marks are, and lists them. */
 static void number(share *s, int32_t *marks) {
     for (int64_t panel = s->first; panel < s->last; panel++)
         if (marks[panel - s->first]) {
@@ -93,9 +94,10 @@ static void number(share *s, int32_t *marks) {
         }
 }
 
-static void find_blocks(const sb_weight *w, cell *c, int32_t *rows) {
-    int32_t *columns = rows + (c->dy.last - c->dy.first);
-    memset(rows, 0, (size_t)(c->dy.last - c->dy.first + c->x.last - c->x.first) * sizeof *rows);
+/* Entries are of panels counted from the cell's first ones, and then of those in use. */
+static void find_blocks(const sb_weight *w, cell *c, int32_t *marks) {
+    int32_t *rows = marks, *columns = marks + (c->dy.last - c->dy.first);
+    memset(marks, 0, (size_t)(c->dy.last - c->dy.first + c->x.last - c->x.first) * sizeof *marks);
     entry *e = c->entries;
     for (int64_t r = c->dy.first; r < c->dy.last; r++)
         for (int32_t b = find(w->cols, w->crow[r], w->crow[r + 1], c->x.first);
@@ -142,7 +144,7 @@ static void fetch_panel(const uint16_t *const *rows, int64_t count, int64_t feat
         for (int64_t n = 0; n < width; n += LINE) __builtin_prefetch(rows[t] + feature + n + AHEAD);
 }
 
-/* The features of a panel for `tokens` rows, activated; zero past the last of either. */
+/* The features of a panel for `tokens` rows, activated unless they are windows; zero past the last of either. */
 static void gather(const sampled_job *job, const operand *o, const uint16_t *const *rows, int64_t tokens, int64_t feature,
                    uint16_t *out) {
     const int64_t valid = sb_min(o->width, o->features - feature);
@@ -156,7 +158,7 @@ static void gather(const sampled_job *job, const operand *o, const uint16_t *con
 /* Tokens [start, start + tokens) of the panels in use, activated, in pairs: features by tokens for the operand that
  * comes first, pairs of tokens by features for the other. What lies past the last token or feature becomes zero. */
 static void lay_out_pairs(const sampled_job *job, const share *s, int64_t start, int64_t tokens, int turned,
-                          const scratch *room) {
+                          const spare *room) {
     const operand *o = s->of;
     const uint16_t *gathered[PAIRED_TOKENS];
     const void *found[PAIRED_TOKENS + SB_ROWS_AHEAD];

@@ -82,7 +82,7 @@ typedef struct {
  * convolution, columns are those of the windows, and there is no activation. */
 typedef struct {
     sb_weight weight; /* values are the result */
-    sb_window window; /* kernel_h 0: x has a row a token */
+    sb_window window; /* kernel_h 0: x has a row a token; else x_stride is ignored */
     const void *grad, *x;
     int64_t tokens, grad_stride, x_stride;
     int32_t dtype, activation, threads;

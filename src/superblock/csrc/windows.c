@@ -43,7 +43,7 @@ static int64_t count_groups(const sb_layer *layer, int64_t out_width) {
     enum { OWN = 2 }; /* what a group costs besides its tokens, in tokens */
     const int64_t side = sb_max(layer->kernels->small_group, 1);
     int64_t best = 0, least = INT64_MAX;
-    for (int64_t count = sb_ceil_div(out_width, layer->max_group); count <= out_width; count++) {
+    for (int64_t count = sb_ceil_div(out_width, layer->max_group); out_width + count * OWN < least; count++) {
         const int64_t group = sb_ceil_div(out_width, count), cost = count * (sb_ceil_div(group, side) * side + OWN);
         if (cost < least) least = cost, best = count;
     }
@@ -53,7 +53,7 @@ static int64_t count_groups(const sb_layer *layer, int64_t out_width) {
 /* Rows of an image that a row of windows reaches. */
 static int64_t reach(const sb_window *w) { return (w->kernel_h - 1) * w->dilation_h + 1; }
 
-static int place_blocks(const sb_layer *layer, const sb_product *p, sb_image_rows *rows) {
+static int find_columns(const sb_layer *layer, const sb_product *p, sb_image_rows *rows) {
     const sb_window *w = &p->window;
     const int32_t *crow = layer->weight.crow;
     const int64_t blocks = padded_channels(layer, w) / layer->weight.block_in;
@@ -90,12 +90,12 @@ int sb_cut_image_rows(const sb_layer *layer, const sb_product *p, int32_t thread
         .groups = groups,
         .line = line,
         .phase = phase,
-        .features = (size_t)(positions * channels),
-        .places = (size_t)(tile * groups),
+        .features = positions * channels,
+        .starts = tile * groups,
     };
     *cut = tiles;
     cut->group = group;
-    return place_blocks(layer, p, rows);
+    return find_columns(layer, p, rows);
 }
 
 /* A row of an image, or zeros beside it: columns [-padding, ...) with one rest after the other. */
@@ -115,12 +115,12 @@ static void pack_line(const sb_layer *layer, const sb_product *p, const sb_image
 }
 
 void sb_pack_image_rows(const sb_layer *layer, const sb_product *p, const sb_image_rows *rows, int64_t start,
-                        sb_place *places, char *packed, sb_target *target) {
+                        sb_start *starts, char *packed, sb_target *target) {
     const sb_window *w = &p->window;
     const int64_t end = (start + target->tokens) / w->out_width, line_bytes = rows->line * layer->chunk * layer->packed_size;
     int64_t line = 0;
     target->packed = packed;
-    target->places = places;
+    target->group_starts = starts;
     target->positions = rows->positions;
     target->groups = target->tokens / w->out_width * rows->groups;
     for (int64_t row = start / w->out_width, count; row < end; row += count) {
@@ -132,7 +132,7 @@ void sb_pack_image_rows(const sb_layer *layer, const sb_product *p, const sb_ima
         for (int64_t i = 0; i < count; i++)
             for (int64_t g = 0; g < rows->groups; g++) {
                 const int64_t column = sb_min(g * target->group, w->out_width - target->group);
-                *places++ = (sb_place){(int32_t)((row + i) * w->out_width + column - start),
+                *starts++ = (sb_start){(int32_t)((row + i) * w->out_width + column - start),
                                        (int32_t)((line + i * w->stride_h) * rows->line + column)};
             }
         line += lines;

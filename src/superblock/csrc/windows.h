@@ -12,7 +12,7 @@ typedef struct {
     int64_t line;      /* positions of a row of an image: its columns by their rest modulo the stride, `phase` of each */
     int64_t phase;
     int32_t *cols;           /* where the block of every entry begins; the caller frees them */
-    size_t features, places; /* of a tile, to make room for */
+    int64_t features, starts; /* of a tile, to make room for */
 } sb_image_rows;
 
 /* Cut the result into tiles of whole rows, if these fill groups and it is worth while. Returns a status. */
@@ -20,7 +20,7 @@ int sb_cut_image_rows(const sb_layer *layer, const sb_product *p, int32_t thread
 
 /* The rows that the target's tokens, from `start` on, need, and where its groups are. */
 void sb_pack_image_rows(const sb_layer *layer, const sb_product *p, const sb_image_rows *rows, int64_t start,
-                        sb_place *places, char *packed, sb_target *target);
+                        sb_start *starts, char *packed, sb_target *target);
 
 /* What so many tokens, from one on, see at a place of the kernel: pixels, or NULL beside the image. */
 void sb_window_rows(const sb_window *w, const void *x, int64_t size, int64_t place, int64_t token, int64_t count,

@@ -56,8 +56,12 @@ def _grad_input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 def _grad_input_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     grad, values, *indices = ctx.saved_tensors
     geometry = (ctx.kernel_shape, ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
-    dgrad = _ops.bsr_conv2d(upstream, values, *indices, None, None, *geometry, "none")
-    dvalues = _ops.bsr_conv2d_grad_values(grad, upstream, *indices, *geometry, *values.shape[1:])
+    need_grad, need_values = ctx.needs_input_grad[:2]
+    dgrad = dvalues = None
+    if need_grad:
+        dgrad = _ops.bsr_conv2d(upstream, values, *indices, None, None, *geometry, "none")
+    if need_values:
+        dvalues = _ops.bsr_conv2d_grad_values(grad, upstream, *indices, *geometry, *values.shape[1:])
     return dgrad, dvalues, *(None,) * 8
 
 
@@ -69,8 +73,12 @@ def _grad_values_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 def _grad_values_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     grad, x, *indices = ctx.saved_tensors
     geometry = (ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
-    dgrad = _ops.bsr_conv2d(x, upstream, *indices, None, None, ctx.kernel_shape, *geometry, "none")
-    dx = _ops.bsr_conv2d_grad_input(grad, upstream, *indices, ctx.kernel_shape, x.shape[2:], *geometry)
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    dgrad = dx = None
+    if need_grad:
+        dgrad = _ops.bsr_conv2d(x, upstream, *indices, None, None, ctx.kernel_shape, *geometry, "none")
+    if need_x:
+        dx = _ops.bsr_conv2d_grad_input(grad, upstream, *indices, ctx.kernel_shape, x.shape[2:], *geometry)
     return dgrad, dx, *(None,) * 9
 
 

@@ -50,7 +50,19 @@ def output_size(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, int]:
-    """The height and width of a convolution's result."""
+    """The height and width of a convolution's result.
+
+    Raises:
+        MatrixError: there is no such convolution.
+    """
+    for name, sides, least in (
+        ("kernel", kernel, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(sides) != 2 or min(sides) < least:
+            raise MatrixError(f"{name} must be two numbers of at least {least}, got {tuple(sides)}")
     height, width = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
     return height, width
 

@@ -143,7 +143,7 @@ def _windows_of(prepared: Prepared, x: Tensor, geometry: Geometry, made_of: tupl
         raise MatrixError(f"x must be [n, {channels * groups}, h, w], got {tuple(x.shape)}")
     if x.dtype != prepared.dtype or x.device.type != "cpu":
         raise MatrixError(f"x must be of {prepared.dtype} on cpu, got {x.dtype} on {x.device}")
-    if groups > 1 and (out_channels // groups) % block:
+    if groups != 1 and (groups < 1 or out_channels % groups or (out_channels // groups) % block):
         raise MatrixError(f"{out_channels} output channels in {groups} groups must divide into blocks of {block}")
     count, _, *size = x.shape
     out_size = output_size(size, kernel, stride, padding, dilation)

@@ -34,12 +34,12 @@ def conv2d_grad_input(
     With a stride, every pixel between two of its steps sees places of its own. Convolutions of several groups, and
     those with both a stride and a dilation, go through the dense kernel.
     """
+    out_channels, channels, *kernel = kernel_shape
+    _check_grad(grad, values.dtype, out_channels, output_size(size, kernel, stride, padding, dilation))
     if groups != 1 or any(step > 1 and spread > 1 for step, spread in zip(stride, dilation, strict=True)):
         return reference.conv2d_grad_input(
             grad, values, crow_indices, col_indices, kernel_shape, size, stride, padding, dilation, groups
         )
-    out_channels, channels, *kernel = kernel_shape
-    _check_grad(grad, values.dtype, out_channels, output_size(size, kernel, stride, padding, dilation))
     shape = out_channels, row_length(kernel_shape, values.shape[2])
     prepared = prepare(values, crow_indices, col_indices, None, shape, "none")
     grad, dx = images_of(grad), channels_last(len(grad), size, channels, grad)
@@ -89,27 +89,18 @@ def conv2d_grad_values(
 
     Convolutions of several groups go through the dense kernel.
     """
-    if groups != 1:
-        return reference.conv2d_grad_values(
-            grad,
-            x,
-            crow_indices,
-            col_indices,
-            kernel_shape,
-            stride,
-            padding,
-            dilation,
-            groups,
-            block_height,
-            block_width,
-        )
     out_channels, channels, *kernel = kernel_shape
-    if x.dim() != 4 or x.shape[1] != channels or not x.is_cpu:
-        raise MatrixError(f"x must be [n, {channels}, h, w] on cpu, got {tuple(x.shape)} on {x.device}")
+    if x.dim() != 4 or x.shape[1] != channels * groups or not x.is_cpu:
+        raise MatrixError(f"x must be [n, {channels * groups}, h, w] on cpu, got {tuple(x.shape)} on {x.device}")
     out_size = output_size(x.shape[2:], kernel, stride, padding, dilation)
     _check_grad(grad, x.dtype, out_channels, out_size)
     if len(grad) != len(x):
         raise MatrixError(f"grad and x must have the same images, got {len(grad)} and {len(x)}")
+    if groups != 1:
+        sizes = block_height, block_width
+        return reference.conv2d_grad_values(
+            grad, x, crow_indices, col_indices, kernel_shape, stride, padding, dilation, groups, *sizes
+        )
     values = grad.new_empty(col_indices.shape[0], block_width, block_height).transpose(1, 2)
     in_features = row_length(kernel_shape, block_width)
     indices = indices_for(values, crow_indices, col_indices, out_channels, in_features)

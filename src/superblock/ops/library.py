@@ -287,8 +287,10 @@ def _grad_input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _grad_input_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     grad, values, crow, col = ctx.saved_tensors
-    dgrad = _ops.bsr_linear(upstream, values, crow, col, None, None, *ctx.shape, "none")
-    dvalues = _ops.bsr_grad_values(grad, upstream, crow, col, *ctx.shape, *values.shape[1:])
+    need_grad, need_values = ctx.needs_input_grad[:2]
+    dgrad = _ops.bsr_linear(upstream, values, crow, col, None, None, *ctx.shape, "none") if need_grad else None
+    blocks = values.shape[1:]
+    dvalues = _ops.bsr_grad_values(grad, upstream, crow, col, *ctx.shape, *blocks) if need_values else None
     return dgrad, dvalues, None, None, None, None
 
 
@@ -300,8 +302,9 @@ def _grad_values_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _grad_values_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     grad, x, crow, col = ctx.saved_tensors
-    dgrad = _ops.bsr_linear(x, upstream, crow, col, None, None, *ctx.shape, "none")
-    dx = _ops.bsr_grad_input(grad, upstream, crow, col, *ctx.shape)
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    dgrad = _ops.bsr_linear(x, upstream, crow, col, None, None, *ctx.shape, "none") if need_grad else None
+    dx = _ops.bsr_grad_input(grad, upstream, crow, col, *ctx.shape) if need_x else None
     return dgrad, dx, None, None, None, None, None, None
 
 
