@@ -71,4 +71,6 @@ def test_what_must_stay_outside_does() -> None:
     fuse_activations(unknown)
     assert isinstance(unknown[1], nn.Tanh)
     assert activation_name(nn.LeakyReLU()) is None
+    for name in ("gelu", "gelu_tanh"):  # timm has classes of its own for these.
+        assert activation_name(timm.layers.get_act_layer(name)()) == name
     assert activation_name(torch.tanh) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from superblock.residual import (
     ResidualEncoderBlock,
     ResidualEncoderLayer,
 )
+from superblock.scaled import ScaledCNBlock, ScaledConvNeXtBlock
 
 torchvision = pytest.importorskip("torchvision", reason="needs the vision extra")
 timm = pytest.importorskip("timm", reason="needs the vision extra")
@@ -49,7 +51,11 @@ BLOCKS: list[tuple[Callable[[], nn.Module], type, torch.Tensor]] = [
     (encoder_block, ResidualEncoderBlock, TOKENS),
     (lambda: timm.models.vision_transformer.Block(16, 2, qkv_bias=True), ResidualBlock, TOKENS),
     (lambda: timm.models.vision_transformer.Block(16, 2, qk_norm=True, init_values=0.1), ResidualBlock, TOKENS),
+    (lambda: timm.models.vision_transformer.Block(16, 2, init_values=0.1), ResidualBlock, TOKENS),
     (torch_layer, ResidualEncoderLayer, TOKENS),
+    (lambda: torchvision.models.convnext.CNBlock(16, 0.1, 0.1), ScaledCNBlock, IMAGES),
+    (lambda: timm.models.convnext.ConvNeXtBlock(16, drop_path=0.1), ScaledConvNeXtBlock, IMAGES),
+    (lambda: timm.models.convnext.ConvNeXtBlock(16, ls_init_value=None), ScaledConvNeXtBlock, IMAGES),
     (lambda: torch_layer(norm_first=True, batch_first=False), ResidualEncoderLayer, TOKENS),
 ]
 cases = pytest.mark.parametrize(("build", "kind", "x"), BLOCKS)
@@ -62,7 +68,7 @@ def converted(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
         if parameter.dim() == 1:
             nn.init.normal_(parameter)
     convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    folded(model, EVERY if convolutional else LINEAR)
+    folded(model, dataclasses.replace(EVERY, linear=LINEAR.linear) if convolutional else LINEAR)
     twin = copy.deepcopy(model)
     sb.to_bsr(model)
     return twin, model
@@ -105,8 +111,11 @@ def test_the_product_adds_and_every_hook_is_heard(
         additions = []
         monkeypatch.setattr(torch.Tensor, "__add__", lambda a, b: additions.append(1) or torch.add(a, b))
         model(x)
-        scaled = any(type(module).__name__ == "LayerScale" for module in model.modules())
-        assert len(additions) == (2 if scaled else 0)
+        unscaled = type(model[0]) is ScaledConvNeXtBlock and model[0].gamma is None
+        apart = any(
+            isinstance(module, nn.LayerNorm) for name, module in model.named_modules() if name.endswith("q_norm")
+        )
+        assert len(additions) == (1 if unscaled or apart else 0)
         monkeypatch.undo()
         called: dict[str, int] = {}
         wanted: dict[str, int] = {}

@@ -17,6 +17,7 @@ from superblock.ops import cpu
 from superblock.ops.convolution import matrix_of
 from superblock.report import LayerReport, Report
 from superblock.residual import fuse_residuals
+from superblock.scaled import fuse_scaled
 from superblock.sequences import fuse_sequences
 from superblock.surgery import Fold, folds, folds_of, masked_weights
 
@@ -78,6 +79,7 @@ def fuse(model: nn.Module) -> None:
     fuse_activations(model)
     fuse_feed_forward(model)
     fuse_residuals(model)
+    fuse_scaled(model)
     fuse_sequences(model)
     if any(isinstance(module, BSRConv2d) for module in model.modules()):
         for module in model.modules():

@@ -46,6 +46,8 @@ class FeedForwardSequential(nn.Sequential):
             pair = len(steps) > 1 and is_pair(steps[0], steps[1])
             if norm is not None and not pair:
                 x, norm = norm(x), None
+            if norm is None and isinstance(steps[0], nn.LayerNorm) and len(steps) > 2 and is_pair(*steps[1:3]):
+                norm, pair = steps.pop(0), True
             if pair:
                 last = residual if len(steps) == 2 else None
                 x = feed_forward(x, steps[0], steps[1], last, norm)  # type: ignore[arg-type]

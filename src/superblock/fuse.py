@@ -36,6 +36,9 @@ def activation_name(activation: object) -> str | None:
         return None
     if type(activation) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+    for timms, name in (("GELU", "gelu"), ("GELUTanh", "gelu_tanh")):
+        if isinstance(activation, nn.Module) and comes_from(activation, "timm.", timms):
+            return name
     by_type = {nn.ReLU: "relu", nn.SiLU: "silu"}
     by_function = {F.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
     return by_type.get(type(activation)) or (by_function.get(activation) if callable(activation) else None)  # type: ignore[arg-type,call-overload]

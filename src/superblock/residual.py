@@ -22,6 +22,7 @@ from superblock.normalized import norm_of
 from superblock.ops.attention import attention
 from superblock.ops.direct import infers_unseen
 from superblock.ops.prepared import Chain
+from superblock.scaled import add_scaled, normalized, scale_of
 from superblock.self_attention import attend_as_one, chain_of_attention
 
 _RESNETS = ("torchvision.models.resnet", "timm.models.resnet")
@@ -145,9 +146,12 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         parts: dict[str, Any] = self._modules
         attention, scale, drop = parts["attn"], parts["ls1"], parts["drop_path1"]
-        whole = attn_mask is None and not is_causal and not self.training and passes(scale, drop)
-        if whole and _is_plain_attention(attention):
+        plain = attn_mask is None and not is_causal and not self.training and _is_plain_attention(attention)
+        gamma = scale_of(scale) if passes(drop) else None
+        if plain and passes(scale, drop):
             x = _timm_attention(attention, parts["norm1"], x)
+        elif plain and gamma is not None:
+            x = add_scaled(x, _timm_attention_alone(attention, parts["norm1"], x), gamma)
         else:
             masks = {"attn_mask": attn_mask, "is_causal": is_causal or None}  # Older timms take fewer.
             options = {name: mask for name, mask in masks.items() if mask is not None}
@@ -155,6 +159,9 @@ class ResidualBlock(nn.Module):
         mlp, norm, scale, drop = parts["mlp"], parts["norm2"], parts["ls2"], parts["drop_path2"]
         if passes(scale, drop):
             return _add_feed_forward(mlp, norm, x)
+        gamma = scale_of(scale) if passes(drop) else None
+        if gamma is not None:
+            return add_scaled(x, normalized(mlp, norm, x), gamma)
         z: Tensor = x + drop(scale(mlp(norm(x))))
         return z
 
@@ -283,17 +290,21 @@ def _is_plain_attention(attn: nn.Module) -> bool:
 
 
 def _timm_attention(attn: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``attn(norm(x)) + x``."""
     parts = attn._modules
     whole = attend_as_one(parts["qkv"], parts["proj"], attn.num_heads, norm, x)  # type: ignore[arg-type]
-    if whole is not None:
-        return whole
+    return whole if whole is not None else _timm_attention_alone(attn, norm, x, x)
+
+
+def _timm_attention_alone(attn: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``attn(norm(x)) + residual``."""
     inside = norm_of(norm, x, attn.qkv)
     qkv = attn.qkv(norm(x)) if inside is None else attn.qkv.project(x, norm=inside)  # type: ignore[operator,union-attr]
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     heads = attention(q, k, v).transpose(1, 2).flatten(2)
     projection = attn.proj
     assert isinstance(projection, BSRLinear)  # By `_is_plain_attention`.
-    return projection.project(heads, projection.activation, x)
+    return projection.project(heads, projection.activation, residual)
 
 
 def _is_plain(block: nn.Module) -> bool:
