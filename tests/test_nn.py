@@ -53,6 +53,17 @@ def test_a_weight_read_by_f_linear_is_multiplied_and_any_other_reader_is_told() 
     assert sparse.weight.dtype == torch.float32
     with pytest.raises(ModelError, match=r"can only be read by F\.linear, not by matmul: exclude its layer"):
         torch.matmul(x, sparse.weight)
+    assert sparse.weight.shape == dense.weight.shape
+
+
+def test_a_convolutions_weight_tells_its_shape_and_device_and_no_more() -> None:
+    dense = nn.Conv2d(8, 16, 3)
+    sparse, x = sparse_convolution(dense, 8), torch.randn(1, 8, 5, 5)
+    assert (sparse.weight.shape, sparse.weight.device) == (dense.weight.shape, dense.weight.device)
+    for reader in (nn.functional.conv2d, nn.functional.linear):
+        message = f"the weight of a block-sparse convolution cannot be read by {reader.__name__}: exclude its layer"
+        with pytest.raises(ModelError, match=message):
+            reader(x, sparse.weight)
 
 
 @pytest.mark.parametrize("stride", [1, 2, (2, 3)])

@@ -58,6 +58,11 @@ class BSRWeight(nn.Module):
             return self.values, self.crow_indices, self.col_indices, self.bias
 
     @property
+    def weight(self) -> Any:
+        """Read by parents that pass a layer's weight to ``F.linear`` themselves, or ask for its device or shape."""
+        return _WeightRead(self)
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the dense weight."""
         return self.out_features, self.in_features
@@ -95,13 +100,18 @@ def _counted(index: Tensor) -> Tensor:
 
 
 class _WeightRead:
-    """What a BSR layer answers when a parent reads ``layer.weight``: good for ``F.linear`` alone.
+    """What a BSR layer answers when a parent reads ``layer.weight``: a linear one's is good for ``F.linear`` alone.
 
-    Some models (torchvision's Swin) hand a layer's weight to ``F.linear`` instead of calling the layer.
+    Some models (torchvision's Swin) hand a layer's weight to ``F.linear`` instead of calling the layer; others (timm's
+    EdgeNeXt) ask it for its device or shape.
     """
 
     def __init__(self, layer: BSRWeight) -> None:
         self._layer = layer
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._layer.weight_shape)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer.values, name)
@@ -110,9 +120,13 @@ class _WeightRead:
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is F.linear:
+        every = (*args, *(kwargs or {}).values())
+        convolves = any(isinstance(each, cls) and isinstance(each._layer, BSRConv2d) for each in every)
+        if function is F.linear and not convolves:
             return _linear_through(*args, **(kwargs or {}))
         name = getattr(function, "__name__", str(function))
+        if convolves:
+            raise ModelError(f"the weight of a block-sparse convolution cannot be read by {name}: exclude its layer")
         raise ModelError(f"a block-sparse weight can only be read by F.linear, not by {name}: exclude its layer")
 
 
@@ -129,11 +143,6 @@ class BSRLinear(BSRWeight):
     """
 
     activation = "none"
-
-    @property
-    def weight(self) -> Any:
-        """Read by parents that pass a layer's weight to ``F.linear`` themselves."""
-        return _WeightRead(self)
 
     def forward(self, x: Tensor) -> Tensor:
         values, crow, col, bias = self.tensors  # Unpacked again by a star it would take longer.
