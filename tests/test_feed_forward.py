@@ -123,3 +123,11 @@ def test_what_does_not_chain_is_left_alone() -> None:
     for model in (nn.Sequential(sparse(32, 16), nn.Tanh(), sparse(16, 32)), nn.Sequential(nn.Linear(4, 4))):
         fuse_feed_forward(model)
         assert type(model) is nn.Sequential
+
+
+def test_what_only_shares_the_name_of_timms_mlp_stays_as_it_is() -> None:
+    mlp = timm.models.swiftformer.Mlp(16, 32)
+    kind = type(mlp)
+    fuse_activations(mlp)
+    fuse_feed_forward(mlp)
+    assert type(mlp) is kind

@@ -60,6 +60,8 @@ def test_a_convolutions_weight_tells_its_shape_and_device_and_no_more() -> None:
     dense = nn.Conv2d(8, 16, 3)
     sparse, x = sparse_convolution(dense, 8), torch.randn(1, 8, 5, 5)
     assert (sparse.weight.shape, sparse.weight.device) == (dense.weight.shape, dense.weight.device)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(sparse, name) == getattr(dense, name)
     for reader in (nn.functional.conv2d, nn.functional.linear):
         message = f"the weight of a block-sparse convolution cannot be read by {reader.__name__}: exclude its layer"
         with pytest.raises(ModelError, match=message):

@@ -31,7 +31,7 @@ def fuse_feed_forward(model: nn.Module) -> None:
             steps = [child for child in module if not _may_pass(child)]
             if any(is_pair(first, second) for first, second in pairwise(steps)):
                 module.__class__ = FeedForwardSequential
-        elif comes_from(module, "timm.", "Mlp"):
+        elif comes_from(module, "timm.layers.", "Mlp"):
             idle = (module.act, module.drop1, module.norm, module.drop2)
             if is_pair(module.fc1, module.fc2) and _may_pass(*idle):
                 module.__class__ = FeedForwardMlp

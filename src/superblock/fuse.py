@@ -136,7 +136,7 @@ def _chains(module: nn.Module) -> list[list[str]]:
         return [list(module._modules)]
     if isinstance(module, nn.TransformerEncoderLayer):
         return [["linear1", "activation"]]
-    if comes_from(module, "timm.", "Mlp"):
+    if comes_from(module, "timm.layers.", "Mlp"):
         return [["fc1", "act"]]
     for library, activation in (("torchvision.models.resnet", "relu"), ("timm.models.resnet", "act1")):
         if comes_from(module, library, "ResNet"):

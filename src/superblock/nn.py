@@ -187,6 +187,21 @@ class BSRConv2d(BSRWeight):
         self.groups = groups
 
     @property
+    def in_channels(self) -> int:
+        """As ``nn.Conv2d`` has it, for parents that ask."""
+        return self.kernel_shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Likewise."""
+        return self.kernel_shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Likewise."""
+        return self.kernel_shape[2:]
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """``(out, in / groups, kernel height, kernel width)``."""
         return self.kernel_shape
