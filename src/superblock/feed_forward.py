@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +109,21 @@ def feed_forward(
     return whole
 
 
+def normalized(mlp: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``mlp(norm(x)) + residual``, in one pass where ``mlp`` can, seen by nobody."""
+    if _takes_a_norm(mlp):
+        whole: Tensor = mlp(x, residual, norm)
+        return whole
+    y: Tensor = mlp(norm(x))
+    return y if residual is None else residual + y
+
+
 def chain_of_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Chain, object] | None:
     """``mlp(norm(x)) + x`` prepared for tokens like ``x`` in plain inference, and the tensors that it reads.
 
     ``None`` where it must be called.
     """
-    if not isinstance(mlp, (FeedForwardMlp, FeedForwardSequential)) or watched(mlp) or cpu.splits(x):
+    if not _takes_a_norm(mlp) or cpu.splits(x):
         return None
     pair = mlp.pair()
     if pair is None:
@@ -127,6 +136,10 @@ def chain_of_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> tuple[C
         return None
     into, out = (*up, hidden, in_features), (*down, out_features, hidden)
     return cpu.feed_forward_chain(into, first.activation, out, inside), (inside, into, out)
+
+
+def _takes_a_norm(mlp: nn.Module) -> TypeGuard[FeedForwardMlp | FeedForwardSequential]:
+    return isinstance(mlp, FeedForwardMlp | FeedForwardSequential) and not watched(mlp)
 
 
 def passes(*modules: object) -> bool:

@@ -8,21 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superblock.feed_forward import (
-    FeedForwardMlp,
-    FeedForwardSequential,
-    chain_of_feed_forward,
-    feed_forward,
-    is_pair,
-    passes,
-)
+from superblock.feed_forward import chain_of_feed_forward, feed_forward, is_pair, normalized, passes
 from superblock.fuse import activation_name, comes_from, watched
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, FoldedBatchNorm
 from superblock.normalized import norm_of
 from superblock.ops.attention import attention
 from superblock.ops.direct import infers_unseen
 from superblock.ops.prepared import Chain
-from superblock.scaled import add_scaled, normalized, scale_of
+from superblock.scaled import add_scaled, scale_of
 from superblock.self_attention import attend_as_one, chain_of_attention
 
 _RESNETS = ("torchvision.models.resnet", "timm.models.resnet")
@@ -129,7 +122,7 @@ class ResidualEncoderBlock(nn.Module):
         else:
             y = norm(input)
             x = dropout(attention(y, y, y, need_weights=False)[0]) + input
-        return _add_feed_forward(parts["mlp"], parts["ln_2"], x)
+        return normalized(parts["mlp"], parts["ln_2"], x, x)
 
     def chains(self, x: Tensor) -> Halves | None:
         """Both halves prepared for tokens like ``x`` in plain inference, or ``None`` where the block must be called."""
@@ -158,7 +151,7 @@ class ResidualBlock(nn.Module):
             x = x + drop(scale(attention(parts["norm1"](x), **options)))
         mlp, norm, scale, drop = parts["mlp"], parts["norm2"], parts["ls2"], parts["drop_path2"]
         if passes(scale, drop):
-            return _add_feed_forward(mlp, norm, x)
+            return normalized(mlp, norm, x, x)
         gamma = scale_of(scale) if passes(drop) else None
         if gamma is not None:
             return add_scaled(x, normalized(mlp, norm, x), gamma)
@@ -261,15 +254,6 @@ def _halves(
     first = chain_of_attention(into, out, attn.num_heads, norm, x)  # type: ignore[arg-type]
     second = None if first is None else chain_of_feed_forward(mlp, mlp_norm, x)
     return None if first is None or second is None else (first[0], second[0], (first[1], second[1]))
-
-
-def _add_feed_forward(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """``mlp(norm(x)) + x``."""
-    if isinstance(mlp, (FeedForwardMlp, FeedForwardSequential)) and not watched(mlp):
-        added: Tensor = mlp(x, x, norm)
-        return added
-    y: Tensor = x + mlp(norm(x))
-    return y
 
 
 def _adds(module: object) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from superblock.feed_forward import FeedForwardMlp, FeedForwardSequential, passes
+from superblock.feed_forward import FeedForwardMlp, FeedForwardSequential, normalized, passes
 from superblock.fuse import comes_from, watched
 
 
@@ -54,13 +54,6 @@ class ScaledConvNeXtBlock(nn.Module):
             return add_scaled(shortcut, y, scale)
         added: Tensor = drop(y if scale is None else y * scale) + shortcut
         return added
-
-
-def normalized(mlp: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """``mlp(norm(x))``, in one pass where it can be."""
-    inside = isinstance(mlp, FeedForwardMlp | FeedForwardSequential) and not watched(mlp)
-    y: Tensor = mlp(x, None, norm) if inside else mlp(norm(x))
-    return y
 
 
 def add_scaled(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
