@@ -82,8 +82,5 @@ def _grad_values_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ..
     return dgrad, dx, *(None,) * 9
 
 
-for name, compute, fake, context, backward in (
-    ("bsr_conv2d_grad_input", _grad_input, _grad_input_fake, _grad_input_context, _grad_input_backward),
-    ("bsr_conv2d_grad_values", _grad_values, _grad_values_fake, _grad_values_context, _grad_values_backward),
-):
-    library.register(name, compute, fake, context, backward)
+library.register("bsr_conv2d_grad_input", _grad_input, _grad_input_fake, _grad_input_context, _grad_input_backward)
+library.register("bsr_conv2d_grad_values", _grad_values, _grad_values_fake, _grad_values_context, _grad_values_backward)
