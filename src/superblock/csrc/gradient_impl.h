@@ -100,18 +100,18 @@ SB_INLINE void lay_out_of(int dtype, int activation, const int whole, const sb_p
     for (int64_t t = 0; t < p.tokens; t++) {
         const void *const row = p.rows[t];
         /* A cell's part of a row is too short for the hardware (768 of 3072: 10.8 -> 8.0 ms). */
-        const uintptr_t ahead = (uintptr_t)p.rows[t + SB_ROWS_AHEAD];
+        const char *const ahead = p.rows[t + SB_ROWS_AHEAD];
         for (int64_t i = 0; i < p.count; i++) {
             const int64_t first = (p.panels[i] - p.first) * p.width;
             float *out = p.out + i * p.out_stride + t * p.width;
             for (int64_t n = 0; n < p.width; n += SB_LANES) {
-                const int64_t left = row ? p.features - first - n : 0, valid = left < 0 ? 0 : left;
-                __builtin_prefetch((const char *)(ahead + (uintptr_t)((first + n) * size_of(dtype))));
+                const int64_t left = p.features - first - n, valid = left < 0 ? 0 : left;
+                __builtin_prefetch(ahead + (first + n) * size_of(dtype));
                 if (whole && left >= SB_LANES) {
                     store(out + n, activate(dtype, activation, load_as(dtype, row, first + n)));
                     continue;
                 }
-                const vec part = row ? activate(dtype, activation, load_part(dtype, row, first + n, valid)) : splat(0.0f);
+                const vec part = activate(dtype, activation, load_part(dtype, row, first + n, valid));
                 store_part(SB_FLOAT32, out, n, p.width - n, part);
             }
         }

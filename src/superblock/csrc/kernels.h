@@ -46,7 +46,7 @@ typedef struct {
 } sb_epilogue;
 
 /* Tokens by block, activated, as floats: out[i][t][n] is feature n of panel `panels[i]` of rows[t], whose features begin
- * with panel `first`; zero past the last feature, and for rows that are NULL. SB_ROWS_AHEAD more rows are listed, to be fetched. */
+ * with panel `first`; zero past the last feature. SB_ROWS_AHEAD more rows are listed, to be fetched. */
 enum { SB_ROWS_AHEAD = 2 };
 typedef struct {
     const void *const *rows;

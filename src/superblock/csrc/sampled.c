@@ -22,6 +22,7 @@ enum { SIDE_BYTES = 6144, TOKENS = 64, PAIRED_TILE = 128, PAIRED_TOKENS = 32 };
 typedef struct {
     const char *source;
     const sb_window *window;           /* that its rows are seen through, or NULL */
+    const void *zeros;                 /* a row beside the image */
     int64_t stride, features, places; /* features of a row, and the places of the kernel at which they are seen */
     int64_t width, panels;
     int64_t parts; /* that its panels are cut into */
@@ -50,17 +51,12 @@ typedef struct {
     char *packed;
 } share;
 
-/* Of pairs: a panel of 32 tokens that cannot be laid out from where it lies, and a row beside the image. */
-typedef struct {
-    uint16_t *panel, *zeros;
-} spare;
-
 typedef struct {
     share dy, x;
     entry *entries;
     int64_t count;
     float *sums;
-    spare room;
+    uint16_t *gathered; /* of pairs: a panel of 32 tokens that cannot be laid out from where it lies */
 } cell;
 
 /* The first of entries [from, to) at or past a column. */
@@ -122,7 +118,10 @@ static void find_rows(const sampled_job *job, const operand *o, int64_t place, i
     const int64_t size = sb_size_of(job->sampled->dtype), all = tokens + SB_ROWS_AHEAD;
     const int64_t present = sb_min(all, job->sampled->tokens - start);
     if (o->window) sb_window_rows(o->window, o->source, size, place, start, present, rows);
-    else for (int64_t t = 0; t < present; t++) rows[t] = o->source + (start + t) * o->stride * size;
+    for (int64_t t = 0; t < present; t++) {
+        if (!o->window) rows[t] = o->source + (start + t) * o->stride * size;
+        else if (!rows[t]) rows[t] = o->zeros;
+    }
     for (int64_t t = present; t < all; t++) rows[t] = rows[present - 1];
 }
 
@@ -158,24 +157,24 @@ static void gather(const sampled_job *job, const operand *o, const uint16_t *con
 /* Tokens [start, start + tokens) of the panels in use, activated, in pairs: features by tokens for the operand that
  * comes first, pairs of tokens by features for the other. What lies past the last token or feature becomes zero. */
 static void lay_out_pairs(const sampled_job *job, const share *s, int64_t start, int64_t tokens, int turned,
-                          const spare *room) {
+                          uint16_t *panel) {
     const operand *o = s->of;
     const uint16_t *gathered[PAIRED_TOKENS];
     const void *found[PAIRED_TOKENS + SB_ROWS_AHEAD];
-    for (int64_t t = 0; t < PAIRED_TOKENS; t++) gathered[t] = room->panel + t * o->width;
+    for (int64_t t = 0; t < PAIRED_TOKENS; t++) gathered[t] = panel + t * o->width;
     for (int64_t t = 0; t < tokens; t += PAIRED_TOKENS)
         for (int64_t p = 0, end, place, first; p < s->count; p = end) {
             const int64_t present = sb_min(PAIRED_TOKENS, tokens - t);
             end = end_of_place(s, p, &place, &first);
             find_rows(job, o, place, start + t, present, found);
             const uint16_t *rows[PAIRED_TOKENS];
-            for (int64_t m = 0; m < present; m++) rows[m] = found[m] ? found[m] : room->zeros;
+            for (int64_t m = 0; m < present; m++) rows[m] = found[m];
             for (; p < end; p++) {
                 const int64_t feature = (s->used[p] - first) * o->width;
                 const int whole = present == PAIRED_TOKENS && o->features - feature >= o->width && o->activation == SB_NONE;
                 uint16_t *out = (uint16_t *)s->packed + (p * job->tile + t) * o->width;
                 if (!o->window) fetch_panel(rows, present, feature, o->width);
-                if (!whole) gather(job, o, rows, present, feature, room->panel);
+                if (!whole) gather(job, o, rows, present, feature, panel);
                 (turned ? job->kernels->turn_tokens : job->kernels->pair_tokens)(
                     whole ? rows : gathered, whole ? feature : 0, o->width, out);
             }
@@ -225,8 +224,8 @@ static void run_tile(const sampled_job *job, const cell *c, int64_t start) {
         add_tile(job, c, tokens);
         return;
     }
-    lay_out_pairs(job, &c->dy, start, tokens, !job->x_first, &c->room);
-    lay_out_pairs(job, &c->x, start, tokens, job->x_first, &c->room);
+    lay_out_pairs(job, &c->dy, start, tokens, !job->x_first, c->gathered);
+    lay_out_pairs(job, &c->x, start, tokens, job->x_first, c->gathered);
     add_tile(job, c, sb_ceil_div(tokens, PAIRED_TOKENS) * PAIRED_TOKENS);
 }
 
@@ -254,19 +253,16 @@ static int cell_item(const void *context, int64_t item) {
     const size_t sums = sb_align((size_t)(c.count * w->block_out * w->block_in) * sizeof *c.sums);
     const size_t dy = packed_bytes(job, &c.dy), x = packed_bytes(job, &c.x);
     const size_t panel = (size_t)(PAIRED_TOKENS * sb_max(w->block_out, w->block_in)) * sizeof(uint16_t);
-    const size_t zeros = sb_align((size_t)(job->x.window ? job->x.features : 0) * sizeof(uint16_t));
     const size_t entries = (size_t)c.count * sizeof *c.entries;
     const int64_t rows = c.dy.last - c.dy.first, columns = c.x.last - c.x.first;
     const size_t lists = 2 * (size_t)(rows + columns) * sizeof(int32_t);
-    char *memory = sb_scratch(SB_ITEM, sums + dy + x + panel + zeros + entries + lists);
+    char *memory = sb_scratch(SB_ITEM, sums + dy + x + panel + entries + lists);
     if (!memory) return SB_NO_MEMORY;
     c.sums = (float *)memory;
     c.dy.packed = memory + sums;
     c.x.packed = c.dy.packed + dy;
-    c.room.panel = (uint16_t *)(c.x.packed + x);
-    c.room.zeros = (uint16_t *)((char *)c.room.panel + panel);
-    memset(c.room.zeros, 0, zeros);
-    c.entries = (entry *)((char *)c.room.zeros + zeros);
+    c.gathered = (uint16_t *)(c.x.packed + x);
+    c.entries = (entry *)((char *)c.gathered + panel);
     c.dy.used = (int32_t *)((char *)c.entries + entries);
     c.x.used = c.dy.used + rows;
     find_blocks(w, &c, c.x.used + columns);
@@ -311,7 +307,9 @@ SB_API int sb_run_sampled(const sb_sampled *s) {
     const int64_t rows = sb_ceil_div(w->out_features, w->block_out), columns = sb_ceil_div(w->in_features, w->block_in);
     const sb_window *window = s->window.kernel_h ? &s->window : NULL;
     if (!w->crow[rows]) return SB_OK;
-    int32_t *memory = calloc((size_t)(2 * (rows + columns + 1)), sizeof *memory);
+    const size_t lists = (size_t)(2 * (rows + columns + 1));
+    const size_t zeros = window ? (size_t)(window->channels * sb_size_of(s->dtype)) : 0;
+    int32_t *memory = calloc(1, lists * sizeof *memory + zeros);
     if (!memory) return SB_NO_MEMORY;
     int32_t *row_blocks = memory, *column_blocks = row_blocks + rows, *bounds = column_blocks + columns;
     for (int64_t r = 0; r < rows; r++) row_blocks[r] = w->crow[r + 1] - w->crow[r];
@@ -328,6 +326,7 @@ SB_API int sb_run_sampled(const sb_sampled *s) {
                .bounds = bounds},
         .x = {.source = s->x,
               .window = window,
+              .zeros = memory + lists,
               .stride = s->x_stride,
               .features = window ? window->channels : w->in_features,
               .places = window ? window->kernel_h * window->kernel_w : 1,
