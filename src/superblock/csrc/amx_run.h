@@ -153,8 +153,8 @@ SB_INLINE void fetch_weights(walk *k) {
         const part *p = s->parts;                                                                             \
         float *const sums = k->sums;                                                                          \
         const int64_t row = k->layer->chunk * 2, weight_bytes = k->layer->chunk / 2 * SIDE * 4;               \
-        const int64_t chunk_bytes = sb_chunk_stride(k->layer, k->target) * 2, chunks = p[0].chunks;           \
-        const int64_t unit_bytes = sb_column_stride(k->layer, k->target) * 2; /* of what columns count in */    \
+        const int64_t chunk_bytes = k->target->x.chunk_stride * 2, chunks = p[0].chunks;                      \
+        const int64_t unit_bytes = k->target->x.column_stride * 2; /* of what columns count in */               \
         int64_t block = 0, chunk = 0, at = 0;                                                                 \
         body                                                                                                  \
         while (k->left) finish_rows(k);                                                                       \
@@ -283,7 +283,7 @@ static part part_of(const sb_layer *layer, const sb_target *t, int64_t row, int6
     const sb_tile tile = sb_layer_tile(layer, row, offset, width, SIDE, room);
     if (!tile.blocks) return empty_part();
     const int64_t column_bytes = tile.blocks * layer->weight.block_in * SIDE * 2;
-    return (part){t->packed, tile.w, tile.cols, tile.blocks, tile.chunks, column_bytes};
+    return (part){t->x.features, tile.w, tile.cols, tile.blocks, tile.chunks, column_bytes};
 }
 
 static int run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t last, float *acc) {

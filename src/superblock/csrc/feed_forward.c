@@ -66,14 +66,14 @@ static int feed_forward_item(const void *context, int64_t item) {
     const int64_t covered = first->rows * first->weight.block_out;
     if (covered < second->padded_in) memset(hidden, 0, hidden_bytes); /* features only the second's blocks reach */
     sb_target inner = target_inside(job, start, tokens);
-    inner.packed = x;
+    inner.x = sb_packed_groups(first, x, cut->group);
     inner.strip = strip;
     inner.next = hidden;
     sb_layer_run(first, &inner, 0, first->rows, acc);
     for (int64_t token = 0; job->ff->z && token < tokens; token += cut->group)
         take_slope(job, start + token, tokens - token, hidden + token * second->padded_in * second->packed_size);
     sb_target outer = sb_target_of(&job->ff->second, start, tokens, cut->group);
-    outer.packed = hidden;
+    outer.x = sb_packed_groups(second, hidden, cut->group);
     outer.strip = strip;
     outer.stream = job->stream;
     outer.following = job->resident ? NULL : first;

@@ -176,13 +176,22 @@ static void add_panel(const sb_layer *layer, const sb_target *t, int64_t row, in
     s->width += panel;
 }
 
-int64_t sb_count_groups(const sb_target *t) { return t->group_starts ? t->groups : sb_ceil_div(t->tokens, t->group); }
+sb_packing sb_packed_groups(const sb_layer *layer, const void *packed, int64_t group) {
+    return (sb_packing){.features = packed,
+                        .token_stride = layer->chunk,
+                        .chunk_stride = group * layer->chunk,
+                        .column_stride = group * layer->weight.block_in,
+                        .group_stride = group * layer->padded_in};
+}
 
-int64_t sb_first_token(const sb_target *t, int64_t group) { return t->group_starts ? t->group_starts[group].token : group * t->group; }
+int64_t sb_count_groups(const sb_target *t) { return t->x.starts ? t->x.groups : sb_ceil_div(t->tokens, t->group); }
+
+int64_t sb_first_token(const sb_target *t, int64_t group) { return t->x.starts ? t->x.starts[group].token : group * t->group; }
 
 const char *sb_packed_group(const sb_layer *layer, const sb_target *t, int64_t group) {
-    const int64_t at = t->group_starts ? t->group_starts[group].position * layer->chunk : group * t->group * layer->padded_in;
-    return (const char *)t->packed + at * layer->packed_size;
+    const sb_packing *x = &t->x;
+    const int64_t at = x->starts ? x->starts[group].position * x->token_stride : group * x->group_stride;
+    return (const char *)x->features + at * layer->packed_size;
 }
 
 /* The tiles of a strip for one group of tokens, which `group` places, or for several. */
@@ -226,20 +235,20 @@ static int finishes(const sb_layer *layer, const sb_target *t, const strip *s, i
 static void finish_groups(const sb_layer *layer, const sb_target *t, strip *s, const sb_epilogue *e, int64_t groups) {
     float bias[SB_MAX_PANEL] = {0};
     if (e->bias) memcpy(bias, e->bias, (size_t)s->width * sizeof *bias);
-    const int64_t run = t->group_starts ? 1 : groups; /* that lie at equal steps */
+    const int64_t run = t->x.starts ? 1 : groups; /* that lie at equal steps */
     for (int64_t group = 0; group < groups; group += run) {
         const int64_t token = sb_first_token(t, group);
         const sb_tile tile = {
             .x = sb_packed_group(layer, t, group),
-            .chunk_stride = sb_chunk_stride(layer, t),
-            .column_stride = sb_column_stride(layer, t),
+            .chunk_stride = t->x.chunk_stride,
+            .column_stride = t->x.column_stride,
             .acc = (float *)t->y + token * t->y_stride + s->column,
             .acc_stride = t->y_stride,
             .bias = bias,
             .residual = t->residual ? (const float *)t->residual + token * t->residual_stride + s->column : NULL,
             .residual_stride = t->residual_stride,
             .groups = run,
-            .group_bytes = t->group * (t->group_starts ? layer->chunk : layer->padded_in) * layer->packed_size,
+            .group_bytes = t->x.group_stride * layer->packed_size,
             .stream = e->stream,
         };
         multiply(layer, s, &tile, t->group);
@@ -285,14 +294,14 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
     sb_epilogue e = sb_layer_epilogue(layer, t, column, s->width);
     if (e.columns <= 0 && e.packed_columns <= 0) return;
     e.acc = acc;
-    const int64_t groups = sb_count_groups(t), whole = t->group_starts ? groups : t->tokens / t->group;
+    const int64_t groups = sb_count_groups(t), whole = t->x.starts ? groups : t->tokens / t->group;
     const int64_t finished = finishes(layer, t, s, e.columns) ? whole : 0;
     if (finished) finish_groups(layer, t, s, &e, finished);
     if (t->ahead_y) fetch_lines(t, column * t->group * size, e.columns * t->group * size);
     for (int64_t group = finished; group < groups; group++) {
         sb_tile tile = {.x = sb_packed_group(layer, t, group),
-                        .chunk_stride = sb_chunk_stride(layer, t),
-                        .column_stride = sb_column_stride(layer, t),
+                        .chunk_stride = t->x.chunk_stride,
+                        .column_stride = t->x.column_stride,
                         .acc = acc,
                         .acc_stride = SB_MAX_PANEL,
                         .groups = 1};

@@ -35,14 +35,22 @@ typedef struct {
     int32_t token, position;
 } sb_start;
 
-/* One tile of tokens: where its packed features lie and where its results go. */
+/* Where the features of a tile's tokens lie. Strides are from a token of a group to the next, from a chunk of its features to
+ * the next, of what columns are counted in, and from a group to the next. */
+typedef struct {
+    const void *features;
+    int64_t token_stride, chunk_stride, column_stride, group_stride;
+    const sb_start *starts; /* of so many groups, in positions a token's stride apart; NULL: they follow one another */
+    int64_t groups;
+} sb_packing;
+
+/* Groups packed one after the other. */
+sb_packing sb_packed_groups(const sb_layer *layer, const void *packed, int64_t group);
+
+/* One tile of tokens: where its features lie and where its results go. */
 typedef struct sb_target {
-    const void *packed;
+    sb_packing x;
     int64_t tokens, group; /* the last group may be partly filled */
-    /* NULL: the groups lie one after the other. Else every chunk of features has so many positions, in which the layer's
-     * columns are counted too. */
-    const sb_start *group_starts;
-    int64_t groups, positions;
     const void *bias, *residual;
     void *y, *preactivation;
     int64_t y_stride, residual_stride;
@@ -55,18 +63,10 @@ typedef struct sb_target {
     const char *ahead_residual, *ahead_y; /* `group` dense rows to fetch meanwhile, for the next group; or NULL */
 } sb_target;
 
-/* The groups of a tile, the first token of one and its packed features. */
+/* The groups of a tile, the first token of one and its features. */
 int64_t sb_count_groups(const sb_target *target);
 int64_t sb_first_token(const sb_target *target, int64_t group);
 const char *sb_packed_group(const sb_layer *layer, const sb_target *target, int64_t group);
-
-/* Elements from a chunk of a group's packed features to the next, and what columns are counted in. */
-static inline int64_t sb_chunk_stride(const sb_layer *layer, const sb_target *t) {
-    return (t->group_starts ? t->positions : t->group) * layer->chunk;
-}
-static inline int64_t sb_column_stride(const sb_layer *layer, const sb_target *t) {
-    return t->group_starts ? layer->chunk : t->group * layer->weight.block_in;
-}
 
 /* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);

@@ -49,8 +49,8 @@ static void run_by_group(const sb_layer *layer, const sb_target *tile, int64_t f
         sb_target t = *tile;
         const int64_t token = sb_first_token(tile, g), y = token * t.y_stride * size, left = t.tokens - token;
         t.tokens = sb_min(group, left);
-        t.packed = sb_packed_group(layer, tile, g);
-        if (t.group_starts) t.group_starts = &beginning, t.groups = 1;
+        t.x.features = sb_packed_group(layer, tile, g);
+        if (t.x.starts) t.x.starts = &beginning, t.x.groups = 1;
         t.y = (char *)t.y + y;
         t.preactivation = t.preactivation ? (char *)t.preactivation + y : NULL;
         if (t.residual) t.residual = (const char *)t.residual + token * t.residual_stride * size;
@@ -83,7 +83,7 @@ static int product_item(const void *context, int64_t item) {
         sb_pack_tile(layer, job->product, start, tokens, cut->group, scratch + bytes, scratch);
         /* Columns count from the first feature of all, of which some may not be packed. */
         const int64_t before = job->first_feature * cut->group * layer->packed_size;
-        target.packed = (const void *)((uintptr_t)scratch - (uintptr_t)before);
+        target.x = sb_packed_groups(layer, (const void *)((uintptr_t)scratch - (uintptr_t)before), cut->group);
     }
     target.following = job->following;
     target.strip = scratch + packed_bytes + SB_ACC_BYTES;

@@ -32,7 +32,7 @@ static void project(const self_attention_job *job, int64_t first, const char *pa
     for (int64_t part = 0; part < 3; part++) {
         const int64_t column = (part * a->heads + first) * a->features;
         const sb_target t = {
-            .packed = packed,
+            .x = sb_packed_groups(layer, packed, job->group),
             .strip = strip,
             .tokens = job->tokens,
             .group = job->group,
@@ -92,7 +92,7 @@ static int sequence_item(const void *context, int64_t item) {
     own.x_stride = a->heads * a->features;
     sb_pack_tile(&job->output, &own, 0, job->tokens, job->group, NULL, packed);
     sb_target t = sb_target_of(&a->output, start, job->tokens, job->group);
-    t.packed = packed;
+    t.x = sb_packed_groups(&job->output, packed, job->group);
     t.stream = job->stream;
     sb_layer_run(&job->output, &t, 0, job->output.rows, acc);
     sb_finish_stores();

@@ -119,10 +119,13 @@ void sb_pack_image_rows(const sb_layer *layer, const sb_product *p, const sb_ima
     const sb_window *w = &p->window;
     const int64_t end = (start + target->tokens) / w->out_width, line_bytes = rows->line * layer->chunk * layer->packed_size;
     int64_t line = 0;
-    target->packed = packed;
-    target->group_starts = starts;
-    target->positions = rows->positions;
-    target->groups = target->tokens / w->out_width * rows->groups;
+    target->x = (sb_packing){.features = packed,
+                             .token_stride = layer->chunk,
+                             .chunk_stride = rows->positions * layer->chunk,
+                             .column_stride = layer->chunk,
+                             .group_stride = target->group * layer->chunk, /* mostly */
+                             .starts = starts,
+                             .groups = target->tokens / w->out_width * rows->groups};
     for (int64_t row = start / w->out_width, count; row < end; row += count) {
         const int64_t first = row % w->out_height, top = first * w->stride_h - w->padding_h;
         const char *image = (const char *)p->x + row / w->out_height * w->image_stride * sb_size_of(p->dtype);
