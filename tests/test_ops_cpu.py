@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_cases import DTYPES, assert_near, isa, needs_core, random_weight
+from native_cases import DTYPES, assert_near, before_a_hole, isa, needs_core, random_weight
 
 from superblock.errors import MatrixError
 from superblock.ops import ACTIVATIONS, cpu, reference
@@ -58,6 +58,30 @@ def test_products_match_the_reference(leading, out, in_, block, dtype, packed) -
         cpu.grad_values(grad, x, *index, out, in_, *block),
         reference.grad_values(wide[2], wide[0], *index, out, in_, *block),
     )
+
+
+# Rows of whole lines, which AMX reads where they lie, in groups of 16 or 32; the last one may be full or nearly empty.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [16, 17, 31, 32, 33, 64, 69, 97, 200])
+@pytest.mark.parametrize(("out", "in_", "block"), [(64, 192, (32, 32)), (256, 2048, (64, 64)), (48, 256, (16, 16))])
+def test_no_row_past_the_last_is_read(tokens, out, in_, block, dtype) -> None:
+    values, crow, col = random_weight(out, in_, block, dtype)
+    bias, rows = torch.randn(out).to(dtype), before_a_hole(torch.randn(tokens, 2 * in_).to(dtype))
+    for x in (before_a_hole(torch.randn(tokens, in_).to(dtype)), rows[:, :in_], rows[:, in_:]):
+        y = cpu.linear(x, values, crow, col, bias, None, out, in_, "relu")
+        wide = x.double(), values.double(), crow, col, bias.double()
+        assert_near(y, reference.linear(*wide, None, out, in_, "relu"))
+
+
+def test_rows_beside_the_given_ones_are_not_looked_at() -> None:
+    values, crow, col = random_weight(128, 256, (64, 64), torch.bfloat16)
+    x = torch.full((120, 256), torch.nan, dtype=torch.bfloat16)
+    for first, tokens in ((0, 50), (7, 33), (40, 80)):
+        own = torch.randn(tokens, 256).bfloat16()
+        x[first : first + tokens] = own
+        y = cpu.linear(x[first : first + tokens], values, crow, col, None, None, 128, 256, "none")
+        assert_near(y, reference.linear(own.double(), values.double(), crow, col, None, None, 128, 256, "none"))
+        x.fill_(torch.nan)
 
 
 # Beyond 8 MB results are written around the caches; beyond 1 MB weights are fetched ahead of their use; beyond 1400

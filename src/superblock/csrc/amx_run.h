@@ -13,6 +13,7 @@ typedef struct {
     const int32_t *cols;
     int64_t blocks, chunks; /* chunks a block */
     int64_t column_bytes;   /* of the weights of 16 outputs */
+    int64_t row_bytes;      /* from a token to the next */
 } part;
 
 /* The outputs of a tile. */
@@ -64,7 +65,7 @@ SB_INLINE void finish_lines(int activation, const int residual, const int preact
             if (!stream && !packed) __builtin_prefetch(y + y_ahead, 1);
             vec first = load(sums) + low, second = load(sums + SB_LANES) + high;
             if (residual == RESIDUAL_FIRST) first += half_line(r, 0), second += half_line(r, 1);
-            if (preactivation && token + m < t->tokens) store_line(stream, z, first, second);
+            if (preactivation) store_line(stream, z, first, second);
             first = activate(SB_BFLOAT16, activation, first), second = activate(SB_BFLOAT16, activation, second);
             if (residual == RESIDUAL_LAST) first += half_line(r, 0), second += half_line(r, 1);
             store_line(stream && !packed, y, first, second);
@@ -127,7 +128,7 @@ SB_INLINE void fetch_weights(walk *k) {
 
 /* The tokens of a half group and part i, and then by them the weights of one sum each. */
 #define TOKENS_OF(i, half, load) \
-    load(5, p[i].x + p[i].cols[block] * unit_bytes + chunk * chunk_bytes + (half) * SIDE * row, row);
+    load(5, p[i].x + p[i].cols[block] * unit_bytes + chunk * chunk_bytes + (half) * SIDE * p[i].row_bytes, p[i].row_bytes);
 #define WEIGHTS_OF(i, n, weights) _tile_loadd(weights, p[i].w + at + (n) * p[i].column_bytes, SIDE * 4);
 
 /* The steps that all parts have, the first of them done; the last tile's rows are finished in between. */
@@ -152,7 +153,7 @@ SB_INLINE void fetch_weights(walk *k) {
         enum { outputs = tile_outputs, sums_bytes = outputs * 4 };                                            \
         const part *p = s->parts;                                                                             \
         float *const sums = k->sums;                                                                          \
-        const int64_t row = k->layer->chunk * 2, weight_bytes = k->layer->chunk / 2 * SIDE * 4;               \
+        const int64_t weight_bytes = k->layer->chunk / 2 * SIDE * 4;                                          \
         const int64_t chunk_bytes = k->target->x.chunk_stride * 2, chunks = p[0].chunks;                      \
         const int64_t unit_bytes = k->target->x.column_stride * 2; /* of what columns count in */               \
         int64_t block = 0, chunk = 0, at = 0;                                                                 \
@@ -214,7 +215,7 @@ static const char nothing[SIDE * WIDE * 4];
 /* A row without blocks is one block of zeros. */
 static part empty_part(void) {
     static const int32_t nowhere[] = {0};
-    return (part){.x = nothing, .w = nothing, .cols = nowhere, .blocks = 1, .chunks = 1};
+    return (part){.x = nothing, .w = nothing, .cols = nowhere, .blocks = 1, .chunks = 1, .row_bytes = SIDE * 4};
 }
 
 /* Multiplies `rows` tokens from `token` on and finishes the tile before. */
@@ -256,8 +257,11 @@ static void run_strip(walk *k, strip *s) {
     for (int64_t group = 0; group < sb_count_groups(t); group++) {
         const int64_t token = sb_first_token(t, group);
         for (int i = 0; i < parts; i++)
-            if (s->parts[i].x != nothing) s->parts[i].x = sb_packed_group(k->layer, t, group);
-        next_tile(k, s, token, t->next ? t->group : sb_min(t->group, t->tokens - token));
+            if (s->parts[i].x != nothing) {
+                s->parts[i].x = sb_group_features(k->layer, t, group);
+                s->parts[i].row_bytes = sb_group_stride(t, group) * 2;
+            }
+        next_tile(k, s, token, sb_min(t->group, t->tokens - token));
     }
 }
 
@@ -283,13 +287,12 @@ static part part_of(const sb_layer *layer, const sb_target *t, int64_t row, int6
     const sb_tile tile = sb_layer_tile(layer, row, offset, width, SIDE, room);
     if (!tile.blocks) return empty_part();
     const int64_t column_bytes = tile.blocks * layer->weight.block_in * SIDE * 2;
-    return (part){t->x.features, tile.w, tile.cols, tile.blocks, tile.chunks, column_bytes};
+    return (part){t->x.features, tile.w, tile.cols, tile.blocks, tile.chunks, column_bytes, t->x.token_stride * 2};
 }
 
-static int run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t last, float *acc) {
+static void run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t last, float *acc) {
     const int64_t block_out = layer->weight.block_out;
     const int64_t columns = t->next ? t->next_padded : layer->weight.out_features;
-    if (block_out % SIDE) return 0;
     walk k = {.layer = layer,
               .target = t,
               .sums = acc,
@@ -317,5 +320,4 @@ static int run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t
     s.steps = 1;
     next_tile(&k, &s, 0, 0);
     finish();
-    return 1;
 }

@@ -7,6 +7,7 @@
 
 typedef struct {
     int64_t group, tile, tiles; /* tokens a group, tokens a tile, tiles */
+    int64_t room;               /* for tokens in whole groups, of a tile */
     int64_t splits;             /* parts that the block rows are cut into */
 } sb_partition;
 
@@ -17,19 +18,30 @@ enum { SB_RESIDENT_BYTES = 1 << 20 };
 /* Bytes that the packed tokens of a tile may take. */
 int64_t sb_tile_bytes(const sb_layer *layer, int64_t weight_bytes);
 
-/* Groups of equal size, an equal number for every thread; when tokens are too few for that, the block rows are shared
- * out too. A token takes `bytes` of the tile, `tile` at most. */
-sb_partition sb_cut(int64_t tokens, int64_t max_group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads);
+/* Whether the layer multiplies rows of tokens, as x has them or normalized, instead of packing them. */
+int sb_takes_rows(const sb_layer *layer, const sb_product *p);
+
+/* Tokens of rows in groups of `most`, else in groups of equal size, an equal number for every thread; when they are too few
+ * for that, the block rows are shared out too. A token takes `bytes` of the tile, `tile` at most. */
+sb_partition sb_cut(int takes_rows, int64_t tokens, int64_t most, int64_t bytes, int64_t tile, int64_t rows, int32_t threads);
 
 /* The same of groups of this size, whatever the threads. */
 sb_partition sb_cut_groups(int64_t tokens, int64_t group, int64_t bytes, int64_t tile, int64_t rows, int32_t threads);
 
+/* The size of groups whatever the threads. */
+int64_t sb_group_of(int takes_rows, int64_t tokens, int64_t most);
+
 /* Bytes for the norm's parameters as floats and the normalized tokens of a group, before they are packed. */
 size_t sb_normalized_bytes(const sb_product *p, int64_t group);
 
-/* The packed features of tokens from `start` on, group by group; `room` is for those bytes. */
-void sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
-                  char *room, char *packed);
+/* Where tokens from `start` on lie, or will: what of them is not multiplied as x has it is in `packed`, which has room for
+ * whole groups. */
+sb_packing sb_packing_of(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
+                         const char *packed);
+
+/* Packs them, group by group; `room` is for the bytes of sb_normalized_bytes. */
+sb_packing sb_pack_tile(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,
+                        char *room, char *packed);
 
 /* Of a product's results: whether to write them around the caches, and the wish for large pages. */
 int sb_product_streams(const sb_product *p);

@@ -54,19 +54,18 @@ static int feed_forward_item(const void *context, int64_t item) {
     const sb_layer *first = &job->first, *second = &job->second;
     const sb_product *p = &job->ff->first;
     const int64_t start = item * cut->tile, tokens = sb_min(cut->tile, p->tokens - start);
-    const size_t x_bytes = sb_align((size_t)(cut->tile * first->padded_in * first->packed_size));
-    const size_t hidden_bytes = sb_align((size_t)(cut->tile * second->padded_in * second->packed_size));
+    const size_t x_bytes = sb_align((size_t)(cut->room * first->padded_in * first->packed_size));
+    const size_t hidden_bytes = sb_align((size_t)(cut->room * second->padded_in * second->packed_size));
     const size_t strip_bytes = (size_t)sb_max(sb_layer_strip_bytes(first), sb_layer_strip_bytes(second));
     const size_t bytes = x_bytes + hidden_bytes + strip_bytes + SB_ACC_BYTES;
     char *x = sb_scratch(SB_ITEM, bytes + sb_normalized_bytes(p, cut->group));
     if (!x) return SB_NO_MEMORY;
     char *hidden = x + x_bytes, *strip = hidden + hidden_bytes;
     float *acc = (float *)(strip + strip_bytes);
-    sb_pack_tile(first, p, start, tokens, cut->group, x + bytes, x);
     const int64_t covered = first->rows * first->weight.block_out;
     if (covered < second->padded_in) memset(hidden, 0, hidden_bytes); /* features only the second's blocks reach */
     sb_target inner = target_inside(job, start, tokens);
-    inner.x = sb_packed_groups(first, x, cut->group);
+    inner.x = sb_pack_tile(first, p, start, tokens, cut->group, x + bytes, x);
     inner.strip = strip;
     inner.next = hidden;
     sb_layer_run(first, &inner, 0, first->rows, acc);
@@ -104,10 +103,11 @@ static void cut(feed_forward_job *job) {
     const int64_t weight_bytes = sb_layer_bytes(&job->first) + sb_layer_bytes(&job->second);
     const int64_t bytes = (job->first.padded_in + job->second.padded_in) * job->first.packed_size;
     const int64_t tile = sb_tile_bytes(&job->first, weight_bytes), most = sb_min(job->first.max_group, job->second.max_group);
-    const int64_t group = sb_ceil_div(p->tokens, sb_ceil_div(p->tokens, most));
+    const int takes_rows = sb_takes_rows(&job->first, p);
+    const int64_t group = sb_group_of(takes_rows, p->tokens, most);
     job->resident = weight_bytes <= SB_RESIDENT_BYTES;
     job->partition = job->ff->dbias ? sb_cut_groups(p->tokens, group, bytes, tile, 1, p->threads)
-                                    : sb_cut(p->tokens, most, bytes, tile, 1, p->threads);
+                                    : sb_cut(takes_rows, p->tokens, most, bytes, tile, 1, p->threads);
 }
 
 SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {

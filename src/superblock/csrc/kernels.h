@@ -7,7 +7,7 @@
 /* Packed activations are chunks of 8 features: [features / 8][group of tokens][8], so that a group's tile of any
  * block is one contiguous run, whatever the stride of x (a power of two would thrash the cache's sets); of rows of images
  * [features / 8][positions][8], of which a group's tile is a run a chunk. An instruction set may prefer chunks of 16 or 32
- * where they divide the block. */
+ * where they divide the block, or take rows as they are. */
 enum { SB_CHUNK = 8, SB_MAX_GROUP = 32, SB_MAX_PANEL = 64 };
 
 /* acc[m][n] = sum over blocks of x[m][k] * w[k][n], for one group of tokens and one panel of outputs. */
@@ -106,14 +106,17 @@ typedef struct sb_kernels {
     /* Before and after a thread's run of tiles of one shape; NULL: they need nothing. */
     void (*prepare)(int64_t panel, int64_t chunk);
     void (*finish)(void);
-    /* sb_layer_run, where these kernels walk a layer in a way of their own; false: they leave this one. NULL: all. */
-    int (*run)(const struct sb_layer *layer, const struct sb_target *target, int64_t first, int64_t last, float *acc);
+    /* sb_layer_run, where these kernels walk a layer in a way of their own: one whose blocks' heights `run_outputs` divides.
+     * NULL: none. */
+    void (*run)(const struct sb_layer *layer, const struct sb_target *target, int64_t first, int64_t last, float *acc);
+    int32_t run_outputs;
     void (*lay_out)(const sb_panels *panels);
     void (*narrow)(int dtype, const float *source, int64_t count, void *target);
     void (*activate)(int dtype, int activation, const void *in, int64_t in_stride, int64_t rows, int64_t columns,
                      void *out, int64_t out_stride);
-    /* `rows` become normalized ones, in `room` of sb_normalized_bytes. */
-    void (*normalize)(int dtype, const sb_norm *norm, const void **rows, int64_t count, int64_t features, char *room);
+    /* `rows` become normalized ones, one after the other from `out` on; `room` is for the parameters as floats. */
+    void (*normalize)(int dtype, const sb_norm *norm, const void **rows, int64_t count, int64_t features, float *room,
+                      char *out);
     /* `ahead`, or NULL, is what the thread will probably attend to next: it may be fetched. Returns a status. */
     int (*attend)(const sb_head *head, const sb_head *ahead);
     /* `rows` x `columns` elements of `size` bytes to `columns` x `rows`, dense; both are multiples of 8. */

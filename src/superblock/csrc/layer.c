@@ -188,8 +188,15 @@ int64_t sb_count_groups(const sb_target *t) { return t->x.starts ? t->x.groups :
 
 int64_t sb_first_token(const sb_target *t, int64_t group) { return t->x.starts ? t->x.starts[group].token : group * t->group; }
 
-const char *sb_packed_group(const sb_layer *layer, const sb_target *t, int64_t group) {
+static int lies_apart(const sb_target *t, int64_t group) { return t->x.last && group == sb_count_groups(t) - 1; }
+
+int64_t sb_group_stride(const sb_target *t, int64_t group) {
+    return lies_apart(t, group) ? t->x.last_stride : t->x.token_stride;
+}
+
+const char *sb_group_features(const sb_layer *layer, const sb_target *t, int64_t group) {
     const sb_packing *x = &t->x;
+    if (lies_apart(t, group)) return x->last;
     const int64_t at = x->starts ? x->starts[group].position * x->token_stride : group * x->group_stride;
     return (const char *)x->features + at * layer->packed_size;
 }
@@ -239,7 +246,7 @@ static void finish_groups(const sb_layer *layer, const sb_target *t, strip *s, c
     for (int64_t group = 0; group < groups; group += run) {
         const int64_t token = sb_first_token(t, group);
         const sb_tile tile = {
-            .x = sb_packed_group(layer, t, group),
+            .x = sb_group_features(layer, t, group),
             .chunk_stride = t->x.chunk_stride,
             .column_stride = t->x.column_stride,
             .acc = (float *)t->y + token * t->y_stride + s->column,
@@ -299,7 +306,7 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
     if (finished) finish_groups(layer, t, s, &e, finished);
     if (t->ahead_y) fetch_lines(t, column * t->group * size, e.columns * t->group * size);
     for (int64_t group = finished; group < groups; group++) {
-        sb_tile tile = {.x = sb_packed_group(layer, t, group),
+        sb_tile tile = {.x = sb_group_features(layer, t, group),
                         .chunk_stride = t->x.chunk_stride,
                         .column_stride = t->x.column_stride,
                         .acc = acc,
@@ -317,8 +324,15 @@ static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float
     }
 }
 
+int sb_layer_walks(const sb_layer *layer) {
+    return layer->kernels->run && layer->weight.block_out % layer->kernels->run_outputs == 0;
+}
+
 void sb_layer_run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t last, float *acc) {
-    if (layer->kernels->run && layer->kernels->run(layer, t, first, last, acc)) return;
+    if (sb_layer_walks(layer)) {
+        layer->kernels->run(layer, t, first, last, acc);
+        return;
+    }
     strip s = {0};
     for (int64_t row = first; row < last; row++)
         for (int64_t offset = 0, panel; offset < layer->weight.block_out; offset += panel) {

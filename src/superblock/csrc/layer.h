@@ -42,6 +42,8 @@ typedef struct {
     int64_t token_stride, chunk_stride, column_stride, group_stride;
     const sb_start *starts; /* of so many groups, in positions a token's stride apart; NULL: they follow one another */
     int64_t groups;
+    const void *last; /* where the last group lies, `last_stride` from a token to the next; NULL: with the others */
+    int64_t last_stride;
 } sb_packing;
 
 /* Groups packed one after the other. */
@@ -63,10 +65,14 @@ typedef struct sb_target {
     const char *ahead_residual, *ahead_y; /* `group` dense rows to fetch meanwhile, for the next group; or NULL */
 } sb_target;
 
-/* The groups of a tile, the first token of one and its features. */
+/* The groups of a tile, the first token of one, where its features lie and how far those of its tokens are apart. */
 int64_t sb_count_groups(const sb_target *target);
 int64_t sb_first_token(const sb_target *target, int64_t group);
-const char *sb_packed_group(const sb_layer *layer, const sb_target *target, int64_t group);
+const char *sb_group_features(const sb_layer *layer, const sb_target *target, int64_t group);
+int64_t sb_group_stride(const sb_target *target, int64_t group);
+
+/* Whether the kernels walk the layer in their own way, which takes tokens at any distance. */
+int sb_layer_walks(const sb_layer *layer);
 
 /* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);

@@ -72,10 +72,9 @@ SB_INLINE void widen_or_fill(int dtype, const void *parameter, float value, int6
 }
 
 SB_INLINE void normalize_of(int dtype, const sb_norm *norm, const void **rows, int64_t count, int64_t features,
-                            char *room) {
+                            float *room, char *out) {
     const int64_t padded = (features + SB_LANES - 1) / SB_LANES * SB_LANES, row_bytes = features * size_of(dtype);
-    float *weight = (float *)room, *bias = weight + padded;
-    char *out = (char *)(bias + padded);
+    float *weight = room, *bias = weight + padded;
     widen_or_fill(dtype, norm->weight, 1.0f, features, weight);
     widen_or_fill(dtype, norm->bias, 0.0f, features, bias);
     for (int64_t m = 0; m < count; m++, out += row_bytes) {
@@ -85,6 +84,7 @@ SB_INLINE void normalize_of(int dtype, const sb_norm *norm, const void **rows, i
     }
 }
 
-static void normalize(int dtype, const sb_norm *norm, const void **rows, int64_t count, int64_t features, char *room) {
-    SB_OF_DTYPE(dtype, normalize_of, norm, rows, count, features, room)
+static void normalize(int dtype, const sb_norm *norm, const void **rows, int64_t count, int64_t features, float *room,
+                      char *out) {
+    SB_OF_DTYPE(dtype, normalize_of, norm, rows, count, features, room, out)
 }

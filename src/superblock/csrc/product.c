@@ -49,7 +49,9 @@ static void run_by_group(const sb_layer *layer, const sb_target *tile, int64_t f
         sb_target t = *tile;
         const int64_t token = sb_first_token(tile, g), y = token * t.y_stride * size, left = t.tokens - token;
         t.tokens = sb_min(group, left);
-        t.x.features = sb_packed_group(layer, tile, g);
+        t.x.features = sb_group_features(layer, tile, g);
+        t.x.token_stride = sb_group_stride(tile, g);
+        t.x.last = NULL;
         if (t.x.starts) t.x.starts = &beginning, t.x.groups = 1;
         t.y = (char *)t.y + y;
         t.preactivation = t.preactivation ? (char *)t.preactivation + y : NULL;
@@ -69,7 +71,7 @@ static int product_item(const void *context, int64_t item) {
     const int64_t start = item / cut->splits * cut->tile, part = item % cut->splits;
     const int64_t tokens = sb_min(cut->tile, job->product->tokens - start);
     const sb_image_rows *rows = job->image_rows.positions ? &job->image_rows : NULL;
-    const int64_t features = rows ? rows->features : cut->tile * layer->padded_in;
+    const int64_t features = rows ? rows->features : cut->room * layer->padded_in;
     const size_t packed_bytes = sb_align((size_t)(features * layer->packed_size));
     const size_t starts_bytes = rows ? sb_align((size_t)rows->starts * sizeof(sb_start)) : 0;
     const size_t bytes = packed_bytes + SB_ACC_BYTES + (size_t)sb_layer_strip_bytes(layer) + starts_bytes;
@@ -80,10 +82,10 @@ static int product_item(const void *context, int64_t item) {
         sb_start *starts = (sb_start *)(scratch + bytes - starts_bytes);
         sb_pack_image_rows(layer, job->product, rows, start, starts, scratch, &target);
     } else {
-        sb_pack_tile(layer, job->product, start, tokens, cut->group, scratch + bytes, scratch);
+        target.x = sb_pack_tile(layer, job->product, start, tokens, cut->group, scratch + bytes, scratch);
         /* Columns count from the first feature of all, of which some may not be packed. */
         const int64_t before = job->first_feature * cut->group * layer->packed_size;
-        target.x = sb_packed_groups(layer, (const void *)((uintptr_t)scratch - (uintptr_t)before), cut->group);
+        target.x.features = (const void *)((uintptr_t)target.x.features - (uintptr_t)before);
     }
     target.following = job->following;
     target.strip = scratch + packed_bytes + SB_ACC_BYTES;
@@ -120,9 +122,13 @@ static void cut_tiles(product_job *job, int32_t threads) {
     const int64_t weight_bytes = sb_layer_bytes(layer);
     sb_partition *p = &job->partition;
     const int64_t tile = sb_tile_bytes(layer, weight_bytes);
-    *p = sb_cut(tokens, layer->max_group, bytes, tile, layer->rows, threads);
+    *p = sb_cut(sb_takes_rows(layer, job->product), tokens, layer->max_group, bytes, tile, layer->rows, threads);
     if (sb_arranges_strips(layer, p->tiles, threads) && p->tiles > 1 && tokens * bytes < sb_min(weight_bytes, tile))
-        *p = (sb_partition){p->group, sb_ceil_div(tokens, p->group) * p->group, 1, sb_min(threads, layer->rows)};
+        *p = (sb_partition){.group = p->group,
+                            .tile = tokens,
+                            .tiles = 1,
+                            .room = sb_ceil_div(tokens, p->group) * p->group,
+                            .splits = sb_min(threads, layer->rows)};
 }
 
 static int run_tiles(product_job *job, int32_t threads) {

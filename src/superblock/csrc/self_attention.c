@@ -25,14 +25,14 @@ static int64_t heads_a_unit(const sb_self_attention *a) {
 }
 
 /* Queries, keys and values of heads [first, first + unit), side by side in `room`. */
-static void project(const self_attention_job *job, int64_t first, const char *packed, char *room, char *strip, float *acc) {
+static void project(const self_attention_job *job, int64_t first, sb_packing x, char *room, char *strip, float *acc) {
     const sb_self_attention *a = job->a;
     const sb_layer *layer = &job->projection;
     const int64_t width = job->unit * a->features, rows = width / layer->weight.block_out, size = sb_size_of(layer->dtype);
     for (int64_t part = 0; part < 3; part++) {
         const int64_t column = (part * a->heads + first) * a->features;
         const sb_target t = {
-            .x = sb_packed_groups(layer, packed, job->group),
+            .x = x,
             .strip = strip,
             .tokens = job->tokens,
             .group = job->group,
@@ -81,18 +81,19 @@ static int sequence_item(const void *context, int64_t item) {
     if (!packed) return SB_NO_MEMORY;
     char *room = packed + job->packed_bytes, *heads = room + job->unit_bytes;
     float *acc = (float *)(heads + heads_bytes);
-    sb_pack_tile(&job->projection, &a->projection, start, job->tokens, job->group, packed + bytes, packed);
+    const sb_packing x =
+        sb_pack_tile(&job->projection, &a->projection, start, job->tokens, job->group, packed + bytes, packed);
     for (int64_t first = 0; first < a->heads; first += job->unit) {
-        project(job, first, packed, room, NULL, acc);
+        project(job, first, x, room, NULL, acc);
         const int status = attend(job, first, room, heads);
         if (status != SB_OK) return status;
     }
     sb_product own = a->output; /* of this sequence's heads */
     own.x = heads;
     own.x_stride = a->heads * a->features;
-    sb_pack_tile(&job->output, &own, 0, job->tokens, job->group, NULL, packed);
+    own.tokens = job->tokens;
     sb_target t = sb_target_of(&a->output, start, job->tokens, job->group);
-    t.x = sb_packed_groups(&job->output, packed, job->group);
+    t.x = sb_pack_tile(&job->output, &own, 0, job->tokens, job->group, NULL, packed);
     t.stream = job->stream;
     sb_layer_run(&job->output, &t, 0, job->output.rows, acc);
     sb_finish_stores();
@@ -120,7 +121,9 @@ static int unit_item(const void *context, int64_t item) {
     if (!room) return SB_NO_MEMORY;
     float *acc = (float *)(room + job->unit_bytes);
     char *strip = (char *)acc + SB_ACC_BYTES;
-    project(job, first, job->packed + (size_t)sequence * job->packed_bytes, room, strip, acc);
+    const sb_packing x = sb_packing_of(&job->projection, &job->a->projection, sequence * job->tokens, job->tokens,
+                                       job->group, job->packed + (size_t)sequence * job->packed_bytes);
+    project(job, first, x, room, strip, acc);
     return attend(job, first, room, job->heads + (size_t)sequence * job->heads_bytes);
 }
 
@@ -172,7 +175,8 @@ SB_API int sb_run_self_attention(const sb_self_attention *a) {
     sb_layer_init(&job.output, &a->output.weight, dtype, job.tokens);
     const int64_t most = sb_min(job.projection.max_group, job.output.max_group);
     job.stream = sb_product_streams(&a->output);
-    job.group = sb_ceil_div(job.tokens, sb_ceil_div(job.tokens, most));
+    const int takes_rows = sb_layer_walks(&job.projection) || sb_layer_walks(&job.output); /* if they can */
+    job.group = sb_group_of(takes_rows, job.tokens, most);
     const int64_t padded_tokens = sb_ceil_div(job.tokens, job.group) * job.group;
     const int64_t widest = sb_max(job.projection.padded_in * job.projection.packed_size,
                                   job.output.padded_in * job.output.packed_size);
