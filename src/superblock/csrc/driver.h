@@ -15,8 +15,8 @@ typedef struct {
  * arrive while this one multiplies (4096 -> 4096, float32, 50 %: 123 -> 151 GFLOP/s of one core). */
 enum { SB_RESIDENT_BYTES = 1 << 20 };
 
-/* Bytes that the packed tokens of a tile may take. */
-int64_t sb_tile_bytes(const sb_layer *layer, int64_t weight_bytes);
+/* Bytes that the packed tokens of a tile may take, if those of a thread take so many. */
+int64_t sb_tile_bytes(const sb_layer *layer, int64_t weight_bytes, int64_t a_thread);
 
 /* Whether the layer multiplies rows of tokens, as x has them or normalized, instead of packing them. */
 int sb_takes_rows(const sb_layer *layer, const sb_product *p);

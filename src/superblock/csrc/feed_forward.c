@@ -102,7 +102,8 @@ static void cut(feed_forward_job *job) {
     const sb_product *p = &job->ff->first;
     const int64_t weight_bytes = sb_layer_bytes(&job->first) + sb_layer_bytes(&job->second);
     const int64_t bytes = (job->first.padded_in + job->second.padded_in) * job->first.packed_size;
-    const int64_t tile = sb_tile_bytes(&job->first, weight_bytes), most = sb_min(job->first.max_group, job->second.max_group);
+    const int64_t tile = sb_tile_bytes(&job->first, weight_bytes, sb_ceil_div(p->tokens, p->threads) * bytes);
+    const int64_t most = sb_min(job->first.max_group, job->second.max_group);
     const int takes_rows = sb_takes_rows(&job->first, p);
     const int64_t group = sb_group_of(takes_rows, p->tokens, most);
     job->resident = weight_bytes <= SB_RESIDENT_BYTES;

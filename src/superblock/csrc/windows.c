@@ -76,14 +76,14 @@ int sb_cut_image_rows(const sb_layer *layer, const sb_product *p, int32_t thread
     const int64_t phase = w->out_width + (w->kernel_w - 1) * w->dilation_w / w->stride_w, line = w->stride_w * phase;
     const int64_t pixel_bytes = channels * layer->packed_size;
     const int64_t token_bytes = sb_ceil_div(line * w->stride_h * pixel_bytes, w->out_width);
-    const int64_t tile_bytes = sb_tile_bytes(layer, sb_layer_bytes(layer));
+    const int64_t tile_bytes = sb_tile_bytes(layer, sb_layer_bytes(layer), INT64_MAX);
     const sb_partition tiles = sb_cut_groups(p->tokens, w->out_width, token_bytes, tile_bytes, layer->rows, threads);
     const int64_t tile = tiles.tile / w->out_width, images = (tile + w->out_height - 2) / w->out_height + 1;
     const int64_t lines = tile * w->stride_h + images * sb_max(reach(w) - w->stride_h, 0);
     /* With what tiles read past the last group; an odd number, lest chunks lie in the same sets of the caches. */
     const int64_t positions = (lines * line + SB_MAX_GROUP) | 1;
     const int filled = 2 * group >= (most ? most : layer->max_group);
-    const int fits = positions * pixel_bytes <= sb_tile_bytes(layer, INT64_MAX);
+    const int fits = positions * pixel_bytes <= sb_tile_bytes(layer, INT64_MAX, INT64_MAX);
     if (!filled || !fits || 3 * positions > 2 * w->kernel_h * w->kernel_w * tiles.tile) return SB_OK;
     *rows = (sb_image_rows){
         .positions = positions,
