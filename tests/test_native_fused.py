@@ -49,6 +49,36 @@ def test_feed_forward_matches_two_products(leading, in_, hidden, out, first_bloc
         assert_near(y, want)
 
 
+# Few living blocks: most hidden features are read by none of the second weight's, whole strips of 64 among them, which
+# end with one of the first's blocks or not.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "first_block", "second_block"),
+    [
+        (197, 1024, (64, 64), (64, 64)),
+        (131, 500, (48, 16), (40, 24)),
+        (75, 1000, (16, 16), (16, 64)),
+        (60, 640, (128, 32), (16, 16)),
+        (90, 900, (80, 40), (8, 64)),
+        (70, 320, (32, 32), (32, 96)),
+    ],
+)
+def test_hidden_features_that_nothing_reads_are_left_out(tokens, hidden, first_block, second_block, dtype) -> None:
+    second = *random_weight(64, hidden, second_block, dtype, density=0.06), None, 64, hidden
+    bias = torch.randn(hidden).to(dtype)
+    first = *random_weight(hidden, 96, first_block, dtype), bias, hidden, 96
+    x = torch.randn(tokens, 96).to(dtype)
+    inner = reference.linear(x.double(), first[0].double(), *first[1:3], bias.double(), None, hidden, 96, "gelu")
+    want = reference.linear(inner, second[0].double(), *second[1:3], None, None, 64, hidden, "none")
+    read = torch.zeros(-(-hidden // second_block[1]), dtype=torch.bool).index_fill_(0, second[2].long(), True)
+    unread = ~read.repeat_interleave(second_block[1])[:hidden]
+    assert unread.any()
+    for spoiled in (False, True):
+        if spoiled:
+            bias[unread] = torch.nan
+        assert_near(cpu.feed_forward(x, first, "gelu", second), want)
+
+
 def test_weights_that_do_not_chain_are_refused() -> None:
     first = (*random_weight(64, 32, (16, 16)), None, 64, 32)
     second = (*random_weight(32, 48, (16, 16)), None, 32, 48)

@@ -72,6 +72,34 @@ def test_threads_take_heads_of_few_sequences(sequences, tokens, heads, features,
 
 
 @native
+@pytest.mark.parametrize("sequences", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("features", "block"), [(16, 16), (16, 32), (32, 16)])
+def test_heads_that_nothing_reads_are_left_out(features, block, dtype, sequences) -> None:
+    heads, threads = 8, torch.get_num_threads()
+    inner = heads * features
+    x = torch.randn(sequences, 70, inner).to(dtype)
+    first, _ = weights(inner, block, dtype)
+    dead = torch.zeros(3, heads, features, dtype=torch.bool)
+    dead[:, [0, 3, 4, 5]] = True  # In units of one head and of two.
+    values, crow, col = random_weight(inner, inner, (8, 8), dtype)
+    living = ~dead[0].flatten()[col.long() * 8]
+    rows = torch.repeat_interleave(torch.arange(len(crow) - 1), crow.diff())[living]
+    crow = torch.cat([crow[:1], torch.bincount(rows, minlength=len(crow) - 1).cumsum(0).int()])
+    second = values[living], crow, col[living], None, inner, inner
+    torch.set_num_threads(2)
+    try:
+        for spoiled in (False, True):
+            if spoiled:
+                first[3][dead.flatten()] = torch.nan
+            y = cpu.self_attention(x, None, first, second, heads)
+            assert y is not None
+            assert_near(y, steps(x, first, second, heads).double())
+    finally:
+        torch.set_num_threads(threads)
+
+
+@native
 def test_it_agrees_with_float64() -> None:
     first, second = weights(32, 16, torch.float32)
     x = torch.randn(2, 45, 32)

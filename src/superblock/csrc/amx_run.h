@@ -307,7 +307,7 @@ static void run(const sb_layer *layer, const sb_target *t, int64_t first, int64_
             s.parts[s.outputs / s.width] = part_of(layer, t, row, offset, s.width, &room);
             s.outputs += s.width;
             if (s.outputs == k.outputs) {
-                run_strip(&k, &s);
+                if (sb_reads(t->reads, s.column, s.outputs)) run_strip(&k, &s);
                 s.outputs = 0;
             }
         }

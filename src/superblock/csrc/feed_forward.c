@@ -2,6 +2,7 @@
 #include "driver.h"
 #include "parallel.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct {
@@ -12,6 +13,7 @@ typedef struct {
     int resident; /* L2 holds the weights of both beside the tokens */
     float *totals; /* of dz by group of tokens, or NULL */
     int64_t totals_stride;
+    const uint8_t *reads; /* what the second product reads of the hidden features; NULL: all, or z is kept */
 } feed_forward_job;
 
 /* The first product's results on to the second: as they are where a slope is still to come. */
@@ -22,6 +24,7 @@ static sb_target target_inside(const feed_forward_job *job, int64_t start, int64
     t.next_size = job->second.packed_size;
     t.next_chunk = job->second.chunk;
     t.stream = job->stream_inside;
+    t.reads = job->reads;
     if (!job->ff->z) return t;
     t.activation = SB_NONE;
     t.preactivation = NULL;
@@ -81,6 +84,24 @@ static int feed_forward_item(const void *context, int64_t item) {
     return SB_OK;
 }
 
+/* Hidden features that no block of the second weight reads need not be computed: of random blocks of 64 at 90 %, 28 % of 3072
+ * that become 768. Their block rows count as empty, in the memory that is returned; NULL: there is none. */
+static int32_t *leave_out_unread(feed_forward_job *job) {
+    sb_layer *first = &job->first;
+    const int64_t height = first->weight.block_out;
+    /* Features that either layer's blocks reach. */
+    const size_t features = (size_t)(sb_max(first->rows * height, job->second.padded_in) / SB_CHUNK);
+    int32_t *ends = malloc((size_t)first->rows * sizeof *ends + features);
+    if (!ends) return NULL;
+    uint8_t *reads = memset(ends + first->rows, 0, features);
+    sb_layer_find_reads(&job->second, reads);
+    for (int64_t row = 0; row < first->rows; row++)
+        ends[row] = sb_reads(reads, row * height, height) ? first->ends[row] : first->starts[row];
+    first->ends = ends;
+    job->reads = reads;
+    return ends;
+}
+
 enum { TOTALS_WIDTH = 256 };
 
 /* The groups' totals in the order of the tokens, for some of the features. */
@@ -129,10 +150,13 @@ SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
         job.totals = sb_scratch(SB_SHARED, (size_t)(groups * job.totals_stride) * sizeof *job.totals);
         if (!job.totals) return SB_NO_MEMORY;
     }
+    int32_t *memory = NULL;
+    if (!p->preactivation && !ff->z && !(memory = leave_out_unread(&job))) return SB_NO_MEMORY;
     int status = SB_OK;
     if (!sb_arranges_strips(&job.first, job.partition.tiles, p->threads))
         status = sb_arrange(&job.first, &job.second, p->threads);
     if (status == SB_OK) status = sb_parallel(p->threads, job.partition.tiles, feed_forward_item, &job);
+    free(memory);
     if (status != SB_OK || !ff->dbias) return status;
     return sb_parallel(p->threads, sb_ceil_div(p->weight.out_features, TOTALS_WIDTH), add_totals, &job);
 }

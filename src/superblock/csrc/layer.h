@@ -9,7 +9,7 @@
 typedef struct sb_layer {
     const sb_kernels *kernels;
     sb_weight weight;
-    const int32_t *starts, *ends; /* of every block row's entries; fewer than all where only some columns are multiplied */
+    const int32_t *starts, *ends; /* of every block row's entries; fewer than all where only some are multiplied */
     int64_t rows, padded_in, panel, max_group, chunk; /* padded_in: of the columns that are multiplied */
     int32_t dtype, packed_size;
     size_t arranged_bytes; /* for the values, where they lie otherwise than tiles want; else 0 */
@@ -59,7 +59,8 @@ typedef struct sb_target {
     void *next; /* packed activations of a next product, instead of y */
     int64_t next_padded, next_size, next_chunk;
     int32_t activation, residual_first;
-    char *strip; /* room for sb_layer_strip_bytes */
+    const uint8_t *reads; /* as below, of what comes next: strips that it does not read are left out; NULL: it reads all */
+    char *strip;          /* room for sb_layer_strip_bytes */
     int stream;  /* y is too large to be worth a place in the caches */
     const sb_layer *following; /* whose first weights come after these, to be fetched ahead; NULL: weights stay in L2 */
     const char *ahead_residual, *ahead_y; /* `group` dense rows to fetch meanwhile, for the next group; or NULL */
@@ -70,6 +71,12 @@ int64_t sb_count_groups(const sb_target *target);
 int64_t sb_first_token(const sb_target *target, int64_t group);
 const char *sb_group_features(const sb_layer *layer, const sb_target *target, int64_t group);
 int64_t sb_group_stride(const sb_target *target, int64_t group);
+
+/* Whether a layer has a block for each SB_CHUNK of its features: `reads` has room for all of its block columns. */
+void sb_layer_find_reads(const sb_layer *layer, uint8_t *reads);
+
+/* Whether any of so many features from one on is read; all are where `reads` is NULL. */
+int sb_reads(const uint8_t *reads, int64_t feature, int64_t count);
 
 /* Whether the kernels walk the layer in their own way, which takes tokens at any distance. */
 int sb_layer_walks(const sb_layer *layer);

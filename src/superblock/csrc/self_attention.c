@@ -5,6 +5,8 @@
 #include "driver.h"
 #include "parallel.h"
 
+#include <stdlib.h>
+
 typedef struct {
     const sb_self_attention *a;
     const sb_kernels *kernels;
@@ -13,6 +15,7 @@ typedef struct {
     int64_t unit, units;       /* heads whose projections are whole blocks, and how many such */
     size_t packed_bytes, unit_bytes, heads_bytes; /* of a sequence's tokens, a unit's queries, keys and values, all heads */
     char *packed, *heads;      /* of all sequences, where threads take heads */
+    const uint8_t *reads;      /* what the out-projection reads of the heads */
     int stream;                /* write y around the caches */
 } self_attention_job;
 
@@ -22,6 +25,11 @@ static int64_t heads_a_unit(const sb_self_attention *a) {
     if (a->features % block == 0) return 1;
     const int64_t unit = block / a->features;
     return block % a->features == 0 && a->heads % unit == 0 ? unit : 0;
+}
+
+/* Heads that no block of the out-projection reads are left out. */
+static int is_read(const self_attention_job *job, int64_t first, int64_t count) {
+    return sb_reads(job->reads, first * job->a->features, count * job->a->features);
 }
 
 /* Queries, keys and values of heads [first, first + unit), side by side in `room`. */
@@ -49,6 +57,7 @@ static int attend(const self_attention_job *job, int64_t first, const char *room
     const sb_self_attention *a = job->a;
     const int64_t width = job->unit * a->features, size = sb_size_of(a->projection.dtype);
     for (int64_t h = 0; h < job->unit; h++) {
+        if (!is_read(job, first + h, 1)) continue;
         const char *q = room + h * a->features * size;
         const sb_head head = {
             .q = q,
@@ -84,6 +93,7 @@ static int sequence_item(const void *context, int64_t item) {
     const sb_packing x =
         sb_pack_tile(&job->projection, &a->projection, start, job->tokens, job->group, packed + bytes, packed);
     for (int64_t first = 0; first < a->heads; first += job->unit) {
+        if (!is_read(job, first, job->unit)) continue;
         project(job, first, x, room, NULL, acc);
         const int status = attend(job, first, room, heads);
         if (status != SB_OK) return status;
@@ -117,6 +127,7 @@ static int group_item(const void *context, int64_t item) {
 static int unit_item(const void *context, int64_t item) {
     const self_attention_job *job = context;
     const int64_t sequence = item / job->units, first = item % job->units * job->unit;
+    if (!is_read(job, first, job->unit)) return SB_OK;
     char *room = sb_scratch(SB_SEQUENCE, job->unit_bytes + SB_ACC_BYTES + (size_t)sb_layer_strip_bytes(&job->projection));
     if (!room) return SB_NO_MEMORY;
     float *acc = (float *)(room + job->unit_bytes);
@@ -183,5 +194,11 @@ SB_API int sb_run_self_attention(const sb_self_attention *a) {
     job.packed_bytes = sb_align((size_t)(padded_tokens * widest));
     job.unit_bytes = sb_align((size_t)(job.tokens * 3 * job.unit * a->features * size));
     job.heads_bytes = (size_t)(job.tokens * a->heads * a->features * size);
-    return shares_out(a->sequences, a->threads) ? run_sequences(&job) : run_heads(&job);
+    uint8_t *reads = malloc((size_t)job.output.padded_in / SB_CHUNK);
+    if (!reads) return SB_NO_MEMORY;
+    sb_layer_find_reads(&job.output, reads);
+    job.reads = reads;
+    const int status = shares_out(a->sequences, a->threads) ? run_sequences(&job) : run_heads(&job);
+    free(reads);
+    return status;
 }
