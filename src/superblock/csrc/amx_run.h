@@ -290,6 +290,11 @@ static part part_of(const sb_layer *layer, const sb_target *t, int64_t row, int6
     return (part){t->x.features, tile.w, tile.cols, tile.blocks, tile.chunks, column_bytes, t->x.token_stride * 2};
 }
 
+static void clear_strip(const walk *k, const strip *s) {
+    float zeros[SB_ACC_BYTES / sizeof(float)] __attribute__((aligned(64)));
+    sb_layer_clear(k->layer, k->target, s->column, s->outputs, zeros);
+}
+
 static void run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t last, float *acc) {
     const int64_t block_out = layer->weight.block_out;
     const int64_t columns = t->next ? t->next_padded : layer->weight.out_features;
@@ -308,6 +313,7 @@ static void run(const sb_layer *layer, const sb_target *t, int64_t first, int64_
             s.outputs += s.width;
             if (s.outputs == k.outputs) {
                 if (sb_reads(t->reads, s.column, s.outputs)) run_strip(&k, &s);
+                else clear_strip(&k, &s);
                 s.outputs = 0;
             }
         }

@@ -1,6 +1,7 @@
 /* Two products whose hidden activations stay in the cache: a tile of tokens passes both. */
 #include "driver.h"
 #include "parallel.h"
+#include "reads.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +14,9 @@ typedef struct {
     int resident; /* L2 holds the weights of both beside the tokens */
     float *totals; /* of dz by group of tokens, or NULL */
     int64_t totals_stride;
-    const uint8_t *reads; /* what the second product reads of the hidden features; NULL: all, or z is kept */
+    uint8_t *reads;  /* of the hidden features, what is not zero or unread for want of blocks; NULL: all */
+    int32_t *ends;   /* of the first one's block rows, without those that nothing reads */
+    void *columns;   /* the second one's index without the columns that are zero */
 } feed_forward_job;
 
 /* The first product's results on to the second: as they are where a slope is still to come. */
@@ -45,6 +48,7 @@ static void take_slope(const feed_forward_job *job, int64_t start, int64_t token
         .features = p->weight.out_features,
         .chunk = job->second.chunk,
         .stride = p->y_stride,
+        .reads = job->reads,
         .dtype = p->dtype,
         .activation = p->activation,
         .stream = job->stream_inside,
@@ -85,21 +89,25 @@ static int feed_forward_item(const void *context, int64_t item) {
 }
 
 /* Hidden features that no block of the second weight reads need not be computed: of random blocks of 64 at 90 %, 28 % of 3072
- * that become 768. Their block rows count as empty, in the memory that is returned; NULL: there is none. */
-static int32_t *leave_out_unread(feed_forward_job *job) {
+ * that become 768. Their z is zero. */
+static int leave_out_unread(feed_forward_job *job) {
     sb_layer *first = &job->first;
-    const int64_t height = first->weight.block_out;
-    /* Features that either layer's blocks reach. */
-    const size_t features = (size_t)(sb_max(first->rows * height, job->second.padded_in) / SB_CHUNK);
-    int32_t *ends = malloc((size_t)first->rows * sizeof *ends + features);
-    if (!ends) return NULL;
-    uint8_t *reads = memset(ends + first->rows, 0, features);
-    sb_layer_find_reads(&job->second, reads);
-    for (int64_t row = 0; row < first->rows; row++)
-        ends[row] = sb_reads(reads, row * height, height) ? first->ends[row] : first->starts[row];
-    first->ends = ends;
-    job->reads = reads;
-    return ends;
+    const int64_t features = sb_max(first->rows * first->weight.block_out, job->second.padded_in); /* that blocks reach */
+    job->reads = calloc((size_t)(features / SB_CHUNK), 1);
+    job->ends = malloc((size_t)sb_max(first->rows, 1) * sizeof *job->ends);
+    if (!job->reads || !job->ends) return SB_NO_MEMORY;
+    sb_find_reads(&job->second.weight, job->reads);
+    sb_leave_out_rows(&first->weight, job->reads, job->ends);
+    first->ends = job->ends;
+    return SB_OK;
+}
+
+/* On the way back their dz is zero, too: nothing of it goes on. */
+static int leave_out_zeros(feed_forward_job *job, sb_weight *second) {
+    const int status = sb_find_gradients(job->ff, &job->reads);
+    if (status != SB_OK || !job->reads) return status;
+    job->columns = sb_leave_out_columns(second, job->reads);
+    return job->columns ? SB_OK : SB_NO_MEMORY;
 }
 
 enum { TOTALS_WIDTH = 256 };
@@ -132,31 +140,42 @@ static void cut(feed_forward_job *job) {
                                     : sb_cut(takes_rows, p->tokens, most, bytes, tile, 1, p->threads);
 }
 
-SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
+static int run(feed_forward_job *job) {
+    const sb_feed_forward *ff = job->ff;
     const sb_product *p = &ff->first;
-    const int64_t size = sb_size_of(p->dtype), row = p->y_stride * size;
-    if (!p->tokens && ff->dbias) memset(ff->dbias, 0, (size_t)(p->weight.out_features * size));
-    if (!p->tokens) return SB_OK;
-    feed_forward_job job = {.ff = ff, .stream = sb_product_streams(&ff->second)};
+    const int64_t row = p->y_stride * sb_size_of(p->dtype);
+    sb_weight second = ff->second.weight;
+    int status = ff->z ? leave_out_zeros(job, &second) : SB_OK;
+    if (status != SB_OK) return status;
     const int whole_lines = row % 64 == 0 && (uintptr_t)p->preactivation % 64 == 0;
-    job.stream_inside = p->preactivation && whole_lines && sb_streams(p->preactivation, p->tokens * row);
-    sb_layer_init(&job.first, &p->weight, p->dtype, p->tokens);
-    sb_layer_init(&job.second, &ff->second.weight, p->dtype, p->tokens);
-    cut(&job);
+    job->stream_inside = p->preactivation && whole_lines && sb_streams(p->preactivation, p->tokens * row);
+    sb_layer_init(&job->first, &p->weight, p->dtype, p->tokens);
+    sb_layer_init(&job->second, &second, p->dtype, p->tokens);
+    if (!ff->z) status = leave_out_unread(job);
+    if (status != SB_OK) return status;
+    cut(job);
     sb_prefer_huge_results(&ff->second);
     if (ff->dbias) {
-        const int64_t groups = sb_ceil_div(p->tokens, job.partition.group);
-        job.totals_stride = (int64_t)sb_align((size_t)p->weight.out_features);
-        job.totals = sb_scratch(SB_SHARED, (size_t)(groups * job.totals_stride) * sizeof *job.totals);
-        if (!job.totals) return SB_NO_MEMORY;
+        const int64_t groups = sb_ceil_div(p->tokens, job->partition.group);
+        job->totals_stride = (int64_t)sb_align((size_t)p->weight.out_features);
+        job->totals = sb_scratch(SB_SHARED, (size_t)(groups * job->totals_stride) * sizeof *job->totals);
+        if (!job->totals) return SB_NO_MEMORY;
     }
-    int32_t *memory = NULL;
-    if (!p->preactivation && !ff->z && !(memory = leave_out_unread(&job))) return SB_NO_MEMORY;
-    int status = SB_OK;
-    if (!sb_arranges_strips(&job.first, job.partition.tiles, p->threads))
-        status = sb_arrange(&job.first, &job.second, p->threads);
-    if (status == SB_OK) status = sb_parallel(p->threads, job.partition.tiles, feed_forward_item, &job);
-    free(memory);
+    if (!sb_arranges_strips(&job->first, job->partition.tiles, p->threads))
+        status = sb_arrange(&job->first, &job->second, p->threads);
+    if (status == SB_OK) status = sb_parallel(p->threads, job->partition.tiles, feed_forward_item, job);
     if (status != SB_OK || !ff->dbias) return status;
-    return sb_parallel(p->threads, sb_ceil_div(p->weight.out_features, TOTALS_WIDTH), add_totals, &job);
+    return sb_parallel(p->threads, sb_ceil_div(p->weight.out_features, TOTALS_WIDTH), add_totals, job);
+}
+
+SB_API int sb_run_feed_forward(const sb_feed_forward *ff) {
+    const sb_product *p = &ff->first;
+    if (!p->tokens && ff->dbias) memset(ff->dbias, 0, (size_t)(p->weight.out_features * sb_size_of(p->dtype)));
+    if (!p->tokens) return SB_OK;
+    feed_forward_job job = {.ff = ff, .stream = sb_product_streams(&ff->second)};
+    const int status = run(&job);
+    free(job.reads);
+    free(job.ends);
+    free(job.columns);
+    return status;
 }

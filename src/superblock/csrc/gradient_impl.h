@@ -63,10 +63,13 @@ SB_INLINE void slope_rows(int dtype, int activation, const int halves, const sb_
             const int64_t at = m * s.stride + n, left = s.features - n;
             char *low = (char *)s.packed + ((n & -s.chunk) * s.group + m * s.chunk + (n & (s.chunk - 1))) * size;
             char *high = left > SB_CHUNK ? low + s.group * SB_CHUNK * size : low; /* of halves, if it has any */
-            __builtin_prefetch((const char *)s.z + at * size_of(dtype) + FETCHED_AHEAD);
-            const vec z = load_part(dtype, s.z, at, left);
-            const vec dz = load_packed(packed_dtype, halves, low, high) * slope(dtype, activation, z);
-            store_packed(packed_dtype, halves, low, high, dz);
+            vec dz = splat(0.0f);
+            if (!s.reads || s.reads[n / SB_CHUNK]) {
+                __builtin_prefetch((const char *)s.z + at * size_of(dtype) + FETCHED_AHEAD);
+                const vec z = load_part(dtype, s.z, at, left);
+                dz = load_packed(packed_dtype, halves, low, high) * slope(dtype, activation, z);
+                store_packed(packed_dtype, halves, low, high, dz);
+            }
             if (s.stream) stream_as(dtype, s.dz, at, dz);
             else if (s.dz) store_part(dtype, s.dz, at, left, dz);
             if (s.totals) store(s.totals + n, m ? load(s.totals + n) + dz : dz);

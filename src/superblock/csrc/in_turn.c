@@ -1,7 +1,9 @@
 /* Several products in one call: what Python does between two of them comes from the outer caches each time. */
 #include "driver.h"
+#include "reads.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 
 SB_API int sb_run_in_turn(const sb_step *steps, int64_t count) {
     int status = SB_OK;
@@ -33,8 +35,11 @@ SB_API int sb_run_encoder_rows(const sb_encoder_block *blocks, int64_t count, vo
 
 SB_API int sb_run_feed_forward_gradients(const sb_feed_forward *back, const sb_sampled *first, const sb_sampled *second,
                                          const sb_gradient *bias) {
-    int status = sb_run_feed_forward(back);
-    if (status == SB_OK && first) status = sb_run_sampled(first);
+    uint8_t *reads;
+    int status = sb_find_gradients(back, &reads);
+    if (status == SB_OK) status = sb_run_feed_forward(back);
+    if (status == SB_OK && first) status = sb_run_sampled_rows(first, reads);
+    free(reads);
     if (status == SB_OK && second) status = sb_run_sampled(second);
     if (status == SB_OK && bias) status = sb_run_activation_gradient(bias);
     return status;

@@ -64,10 +64,12 @@ typedef struct {
 } sb_outer;
 
 /* Packed activations of a group times the slope of an activation at z, in place, which dz keeps and `totals` adds up over
- * the tokens; both may be NULL. Rows of z and dz are `stride` apart, which are whole lines if dz is to be streamed. */
+ * the tokens; both may be NULL. Rows of z and dz are `stride` apart, which are whole lines if dz is to be streamed. Features
+ * that are not read (see reads.h) become zero, in runs of whole vectors. */
 typedef struct {
     void *packed, *dz;
     const void *z;
+    const uint8_t *reads;
     float *totals;
     int64_t tokens, group, features, chunk, stride;
     int32_t dtype, activation, stream;

@@ -1,5 +1,6 @@
 #include "layer.h"
 #include "parallel.h"
+#include "reads.h"
 
 #include <string.h>
 
@@ -296,20 +297,28 @@ void sb_layer_place(const sb_layer *layer, const sb_target *t, int64_t token, in
     e->residual = t->residual ? (const char *)t->residual + (token * t->residual_stride + column) * size : NULL;
 }
 
-void sb_layer_find_reads(const sb_layer *layer, uint8_t *reads) {
-    const sb_weight *w = &layer->weight;
-    const int64_t chunks = w->block_in / SB_CHUNK;
-    memset(reads, 0, (size_t)(layer->padded_in / SB_CHUNK));
-    for (int32_t e = w->crow[0]; e < w->crow[layer->rows]; e++) memset(reads + w->cols[e] * chunks, 1, (size_t)chunks);
-}
-
-int sb_reads(const uint8_t *reads, int64_t feature, int64_t count) {
-    return !reads || memchr(reads + feature / SB_CHUNK, 1, (size_t)sb_ceil_div(count, SB_CHUNK)) != NULL;
+void sb_layer_clear(const sb_layer *layer, const sb_target *t, int64_t column, int64_t width, float *acc) {
+    sb_epilogue e = sb_layer_epilogue(layer, t, column, width);
+    if (!t->preactivation || e.columns <= 0) return;
+    memset(acc, 0, SB_ACC_BYTES);
+    e.acc = acc;
+    e.bias = NULL;
+    e.activation = SB_NONE;
+    for (int64_t group = 0; group < sb_count_groups(t); group++) {
+        sb_layer_place(layer, t, sb_first_token(t, group), column, &e);
+        e.y = e.preactivation;
+        e.preactivation = e.packed = NULL;
+        e.rows = e.present;
+        layer->kernels->epilogue(&e);
+    }
 }
 
 static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float *acc) {
     const int64_t size = sb_size_of(layer->dtype), column = s->column;
-    if (!sb_reads(t->reads, column, s->width)) return;
+    if (!sb_reads(t->reads, column, s->width)) {
+        sb_layer_clear(layer, t, column, s->width, acc);
+        return;
+    }
     sb_epilogue e = sb_layer_epilogue(layer, t, column, s->width);
     if (e.columns <= 0 && e.packed_columns <= 0) return;
     e.acc = acc;

@@ -59,7 +59,7 @@ typedef struct sb_target {
     void *next; /* packed activations of a next product, instead of y */
     int64_t next_padded, next_size, next_chunk;
     int32_t activation, residual_first;
-    const uint8_t *reads; /* as below, of what comes next: strips that it does not read are left out; NULL: it reads all */
+    const uint8_t *reads; /* of the results, by SB_CHUNK (see reads.h): strips that nothing reads are left out, zeros to z */
     char *strip;          /* room for sb_layer_strip_bytes */
     int stream;  /* y is too large to be worth a place in the caches */
     const sb_layer *following; /* whose first weights come after these, to be fetched ahead; NULL: weights stay in L2 */
@@ -72,14 +72,11 @@ int64_t sb_first_token(const sb_target *target, int64_t group);
 const char *sb_group_features(const sb_layer *layer, const sb_target *target, int64_t group);
 int64_t sb_group_stride(const sb_target *target, int64_t group);
 
-/* Whether a layer has a block for each SB_CHUNK of its features: `reads` has room for all of its block columns. */
-void sb_layer_find_reads(const sb_layer *layer, uint8_t *reads);
-
-/* Whether any of so many features from one on is read; all are where `reads` is NULL. */
-int sb_reads(const uint8_t *reads, int64_t feature, int64_t count);
-
 /* Whether the kernels walk the layer in their own way, which takes tokens at any distance. */
 int sb_layer_walks(const sb_layer *layer);
+
+/* Zeros to the preactivations, if they are kept, of `width` outputs that nothing reads. */
+void sb_layer_clear(const sb_layer *layer, const sb_target *target, int64_t column, int64_t width, float *acc);
 
 /* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);

@@ -9,6 +9,7 @@
  */
 #include "layer.h"
 #include "parallel.h"
+#include "reads.h"
 #include "windows.h"
 
 #include <stdlib.h>
@@ -34,7 +35,8 @@ typedef struct {
     const sb_sampled *sampled;
     const sb_kernels *kernels;
     operand dy, x;
-    int64_t tile; /* tokens */
+    const int32_t *ends; /* of every block row's entries, without the rows whose gradient is zero */
+    int64_t tile;        /* tokens */
     int paired, x_first; /* x_first: sums are [features of x][features of dy] */
 } sampled_job;
 
@@ -73,11 +75,11 @@ static share share_of(const operand *o, int64_t part) {
     return (share){.of = o, .first = o->bounds[part], .last = o->bounds[part + 1]};
 }
 
-static int64_t count_blocks(const sb_weight *w, const cell *c) {
+static int64_t count_blocks(const sampled_job *job, const cell *c) {
+    const sb_weight *w = &job->sampled->weight;
     int64_t count = 0;
     for (int64_t r = c->dy.first; r < c->dy.last; r++)
-        count += find(w->cols, w->crow[r], w->crow[r + 1], c->x.last) -
-                 find(w->cols, w->crow[r], w->crow[r + 1], c->x.first);
+        count += find(w->cols, w->crow[r], job->ends[r], c->x.last) - find(w->cols, w->crow[r], job->ends[r], c->x.first);
     return count;
 }
 
@@ -91,13 +93,14 @@ static void number(share *s, int32_t *marks) {
 }
 
 /* Entries are of panels counted from the cell's first ones, and then of those in use. */
-static void find_blocks(const sb_weight *w, cell *c, int32_t *marks) {
+static void find_blocks(const sampled_job *job, cell *c, int32_t *marks) {
+    const sb_weight *w = &job->sampled->weight;
     int32_t *rows = marks, *columns = marks + (c->dy.last - c->dy.first);
     memset(marks, 0, (size_t)(c->dy.last - c->dy.first + c->x.last - c->x.first) * sizeof *marks);
     entry *e = c->entries;
     for (int64_t r = c->dy.first; r < c->dy.last; r++)
-        for (int32_t b = find(w->cols, w->crow[r], w->crow[r + 1], c->x.first);
-             b < w->crow[r + 1] && w->cols[b] < c->x.last; b++, e++) {
+        for (int32_t b = find(w->cols, w->crow[r], job->ends[r], c->x.first);
+             b < job->ends[r] && w->cols[b] < c->x.last; b++, e++) {
             *e = (entry){b, (int32_t)(r - c->dy.first), (int32_t)(w->cols[b] - c->x.first)};
             rows[e->row] = columns[e->column] = 1;
         }
@@ -248,7 +251,7 @@ static int cell_item(const void *context, int64_t item) {
     const sampled_job *job = context;
     const sb_weight *w = &job->sampled->weight;
     cell c = {.dy = share_of(&job->dy, item / job->x.parts), .x = share_of(&job->x, item % job->x.parts)};
-    c.count = count_blocks(w, &c);
+    c.count = count_blocks(job, &c);
     if (!c.count) return SB_OK;
     const size_t sums = sb_align((size_t)(c.count * w->block_out * w->block_in) * sizeof *c.sums);
     const size_t dy = packed_bytes(job, &c.dy), x = packed_bytes(job, &c.x);
@@ -265,7 +268,7 @@ static int cell_item(const void *context, int64_t item) {
     c.entries = (entry *)((char *)c.gathered + panel);
     c.dy.used = (int32_t *)((char *)c.entries + entries);
     c.x.used = c.dy.used + rows;
-    find_blocks(w, &c, c.x.used + columns);
+    find_blocks(job, &c, c.x.used + columns);
     memset(c.sums, 0, sums);
     if (job->paired) job->kernels->prepare(PAIRED_TOKENS, PAIRED_TOKENS);
     for (int64_t start = 0; start < job->sampled->tokens; start += job->tile) run_tile(job, &c, start);
@@ -302,21 +305,37 @@ static void share_out(const operand *o, const int32_t *living, int64_t across, i
     while (part <= o->parts) o->bounds[part++] = (int32_t)o->panels;
 }
 
-SB_API int sb_run_sampled(const sb_sampled *s) {
+/* Values of rows that are left out have no gradient. */
+static void clear_rows(const sb_sampled *s, const int32_t *ends, int64_t rows) {
+    const sb_weight *w = &s->weight;
+    const int64_t block_bytes = w->block_out * w->block_in * sb_size_of(s->dtype);
+    for (int64_t r = 0; r < rows; r++)
+        memset((char *)w->values + ends[r] * block_bytes, 0, (size_t)((w->crow[r + 1] - ends[r]) * block_bytes));
+}
+
+SB_API int sb_run_sampled(const sb_sampled *s) { return sb_run_sampled_rows(s, NULL); }
+
+int sb_run_sampled_rows(const sb_sampled *s, const uint8_t *reads) {
     const sb_weight *w = &s->weight;
     const int64_t rows = sb_ceil_div(w->out_features, w->block_out), columns = sb_ceil_div(w->in_features, w->block_in);
     const sb_window *window = s->window.kernel_h ? &s->window : NULL;
     if (!w->crow[rows]) return SB_OK;
-    const size_t lists = (size_t)(2 * (rows + columns + 1));
+    const size_t lists = (size_t)(2 * (rows + columns + 1) + rows);
     const size_t zeros = window ? (size_t)(window->channels * sb_size_of(s->dtype)) : 0;
     int32_t *memory = calloc(1, lists * sizeof *memory + zeros);
     if (!memory) return SB_NO_MEMORY;
-    int32_t *row_blocks = memory, *column_blocks = row_blocks + rows, *bounds = column_blocks + columns;
-    for (int64_t r = 0; r < rows; r++) row_blocks[r] = w->crow[r + 1] - w->crow[r];
-    for (int64_t b = 0; b < w->crow[rows]; b++) column_blocks[w->cols[b]]++;
+    int32_t *row_blocks = memory, *column_blocks = row_blocks + rows, *ends = column_blocks + columns;
+    int32_t *bounds = ends + rows;
+    sb_leave_out_rows(w, reads, ends);
+    clear_rows(s, ends, rows);
+    for (int64_t r = 0; r < rows; r++) {
+        row_blocks[r] = ends[r] - w->crow[r];
+        for (int32_t b = w->crow[r]; b < ends[r]; b++) column_blocks[w->cols[b]]++;
+    }
     sampled_job job = {
         .sampled = s,
         .kernels = sb_kernels_for(s->dtype, s->tokens),
+        .ends = ends,
         .dy = {.source = s->grad,
                .stride = s->grad_stride,
                .features = w->out_features,

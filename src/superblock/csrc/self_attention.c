@@ -4,6 +4,7 @@
  */
 #include "driver.h"
 #include "parallel.h"
+#include "reads.h"
 
 #include <stdlib.h>
 
@@ -196,7 +197,7 @@ SB_API int sb_run_self_attention(const sb_self_attention *a) {
     job.heads_bytes = (size_t)(job.tokens * a->heads * a->features * size);
     uint8_t *reads = malloc((size_t)job.output.padded_in / SB_CHUNK);
     if (!reads) return SB_NO_MEMORY;
-    sb_layer_find_reads(&job.output, reads);
+    sb_find_reads(&a->output.weight, reads);
     job.reads = reads;
     const int status = shares_out(a->sequences, a->threads) ? run_sequences(&job) : run_heads(&job);
     free(reads);

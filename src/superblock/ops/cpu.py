@@ -171,7 +171,10 @@ def feed_forward_chain(first: Weight, activation: str, second: Weight, norm: Nor
 def feed_forward_with_preactivation(
     x: Tensor, first: Weight, activation: str, second: Weight, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`feed_forward` and ``z = x W₁ᵀ + b₁``, which is all of the hidden size that passes through memory."""
+    """:func:`feed_forward` and ``z = x W₁ᵀ + b₁``, which is all of the hidden size that passes through memory.
+
+    Features of ``z`` that no block of ``W₂`` reads are any finite numbers: their gradients are zero.
+    """
     _check_chain(first, second)
     into, out = prepare(*first[:4], first[4:], activation), prepare(*second[:4], second[4:], "none")
     z = x.new_empty(*x.shape[:-1], first[4])

@@ -1,4 +1,4 @@
-"""The feed-forward with gradients: all that it keeps of the hidden size is the preactivation ``z``.
+"""The feed-forward with gradients: all that it keeps of the hidden size is the preactivation ``z`` that is read.
 
 Forward writes ``z`` and ``y``; backward reads ``z`` twice and writes ``dz``: the hidden activations are taken of ``z``
 again where ``dvalues₂`` needs them, and the gradient after the activation stays in the cache.
