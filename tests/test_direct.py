@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from native_cases import Seen, needs_core, random_weight
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from superblock import SupermaskConfig, TileSparsity, apply_supermask, sparsify_weights, to_bsr
 from superblock.bsr import BSRMatrix
-from superblock.errors import ConfigError, MatrixError
+from superblock.errors import BackendError, ConfigError, MatrixError
 from superblock.nn import BSRLinear
 from superblock.ops import cpu, direct, native, prepared, reference
 
@@ -81,6 +83,24 @@ def test_what_must_see_the_product_does(layer: BSRLinear) -> None:
         with torch.autograd.forward_ad.dual_level():
             assert not taken(layer, x)
         torch.func.vmap(refused)(x)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_forward_mode_derivatives_are_refused_not_dropped(layer: BSRLinear, trained: bool) -> None:
+    layer.requires_grad_(trained)
+    conv = nn.Sequential(nn.Conv2d(32, 32, 3))
+    apply_supermask(conv, SupermaskConfig(conv=TileSparsity(0.5, 8)))
+    sparsify_weights(conv)
+    to_bsr(conv)
+    conv.requires_grad_(trained)
+    images = torch.randn(1, 32, 5, 5)
+    for module, x in ((layer, torch.randn(5, 32)), (nn.Sequential(layer), torch.randn(5, 32)), (conv, images)):
+        with pytest.raises(
+            BackendError, match=r"no forward-mode derivatives, got a dual tensor: take derivatives back"
+        ):
+            torch.func.jvp(module, (x,), (torch.ones_like(x),))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(BackendError, match="forward-mode"):
+            module(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_bad_input_is_refused_on_the_short_way_too(layer: BSRLinear) -> None:

@@ -10,6 +10,7 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _all_modules
 
 from superblock.nn import BSRConv2d, BSRLinear, FoldedBatchNorm
@@ -19,13 +20,14 @@ from superblock.ops.library import graded
 def fuse_activations(model: nn.Module) -> None:
     """Let every block-sparse layer apply the activation that follows it, in place; ``nn.Identity`` takes its place.
 
-    A layer that is used in several places keeps its activation outside.
+    A layer that is used in several places, or heard by a hook, keeps its activation outside.
     """
     uses = count_uses(model)
     for module in list(model.modules()):
         for layer, name in _followed(module):
             activation = activation_name(getattr(module, name))
-            if activation is not None and layer.activation == "none" and uses[id(layer)] == 1:
+            alone = layer.activation == "none" and uses[id(layer)] == 1 and not watched(layer)
+            if activation is not None and alone:
                 layer.activation = activation
                 setattr(module, name, nn.Identity())
 
@@ -101,8 +103,8 @@ def fusible(x: Tensor, *tensors: Tensor | None) -> bool:
 
 
 def alike(x: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether ``x`` and what else is there are on the CPU in one dtype, which autocast does not change."""
-    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    """Whether ``x`` and the others are on the CPU, in one dtype that autocast does not change, and without tangents."""
+    if not x.is_cpu or torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
         return False
     dtype = x.dtype
     for tensor in tensors:  # noqa: SIM110

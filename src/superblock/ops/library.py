@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from superblock.bsr import BSRMatrix
-from superblock.errors import ConfigError, MatrixError
+from superblock.errors import BackendError, ConfigError, MatrixError
 from superblock.ops import direct
 from superblock.ops.backends import select
 from superblock.ops.layout import feature_major
@@ -125,7 +126,18 @@ def _check(
 
 
 def check_alike(x: Tensor, **others: Tensor | None) -> None:
-    """Raise :class:`MatrixError` unless all tensors have the dtype and device of ``x``."""
+    """Raise :class:`MatrixError` unless all tensors have the dtype and device of ``x``.
+
+    Raises:
+        BackendError: one of them carries a tangent, which torch would drop where no gradient is asked for.
+    """
+    if forward_ad._current_level >= 0:
+        for tensor in (x, *others.values()):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise BackendError(
+                    "block-sparse products have no forward-mode derivatives, got a dual tensor: "
+                    "take derivatives backward (torch.autograd.grad, torch.func.vjp)"
+                )
     for name, tensor in others.items():
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise MatrixError(
