@@ -122,6 +122,26 @@ def test_half_masked_attention_keeps_the_other_half_dense() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+def test_hooks_move_to_the_new_layers() -> None:
+    kinds = TileSparsity(0.5, 8)
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8))
+    apply_supermask(model, SupermaskConfig(linear=kinds, conv1x1=kinds))
+    sparsify_weights(model)
+    heard = []
+    doubles = [model[at].register_forward_hook(lambda module, args, y: 2 * y) for at in (0, 3)]
+    model[3].register_forward_pre_hook(lambda module, args, kwargs: heard.append("pre"), with_kwargs=True)
+    model[5].register_full_backward_hook(lambda module, *_: heard.append("back"))
+    dense, x = copy.deepcopy(model), torch.randn(3, 16, 2, 2)
+    to_bsr(model)
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert heard == ["pre", "pre"]
+    model(x).sum().backward()
+    assert heard[2:] == ["pre", "back"]
+    for handle in doubles:
+        handle.remove()
+    assert not torch.allclose(model(x), dense(x), rtol=1e-2)
+
+
 def test_what_has_no_bsr_form_stays_dense_and_says_why() -> None:
     model = folded(ConvNet(), EVERYTHING)
     notes = {layer.name: layer.note for layer in to_bsr(model).layers}
@@ -187,6 +207,13 @@ def test_layers_that_cannot_be_swapped_say_why(module: nn.Module, note: str) -> 
     config = SupermaskConfig(linear=TileSparsity(0.75, 8), conv1x1=TileSparsity(0.75, 8))
     report = to_bsr(folded(nn.Sequential(module), config))
     assert {layer.note for layer in report.layers} == {f"stays dense: {note}"}
+
+
+def test_a_layer_whose_forward_was_replaced_keeps_it() -> None:
+    model = folded(nn.Sequential(nn.Linear(16, 16)))
+    model[0].forward = lambda x: x + 1
+    assert to_bsr(model).layers[0].note == "stays dense: its forward has been replaced"
+    assert model(torch.zeros(1, 16)).eq(1).all()
 
 
 def test_the_model_itself_cannot_be_swapped() -> None:

@@ -31,7 +31,7 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
     :class:`BSRMultiheadAttention`. What has no BSR form keeps its folded dense weight, and the report says why: so do
     convolutions over several positions on a GPU. Batch norms in eval mode move into the convolution before them for
     good, activations and residual additions into the product before them, and convolutions pass images on in
-    ``torch.channels_last``.
+    ``torch.channels_last``. Hooks move to the new layers.
 
     Args:
         model: a model after :func:`sparsify_weights`.
@@ -65,7 +65,7 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
         block = blocksize or next(iter(owned.values()))[1].target.tile_size
         reason = _no_bsr_form(module, block) if layer else "it is the model itself: wrap it in a module"
         if reason is None:
-            swaps[id(module)] = _bsr_form(module, owned, blocksize).train(module.training)
+            swaps[id(module)] = _with_hooks(_bsr_form(module, owned, blocksize).train(module.training), module)
         for name, (weight, fold) in owned.items():
             lines.append((f"{layer}.{name}", module, weight, fold, swaps.get(id(module)), name, reason))
     _replace(model, swaps)
@@ -109,6 +109,8 @@ def _owned_folds(module: nn.Module) -> dict[str, tuple[Tensor, Fold]]:
 def _no_bsr_form(module: nn.Module, block: int) -> str | None:
     """Why a folded layer keeps its dense weight, or ``None``."""
     kind = type(module)
+    if "forward" in vars(module):
+        return "its forward has been replaced"
     if isinstance(module, nn.MultiheadAttention):
         if kind.forward is not nn.MultiheadAttention.forward:
             return f"{kind.__name__} has a forward of its own"
@@ -195,6 +197,25 @@ def _as_trainable(layer: BSRWeight, weight: Tensor) -> BSRWeight:
     """``layer`` with its values as trainable as the dense weight was."""
     layer.values.requires_grad_(weight.requires_grad)
     return layer
+
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def _with_hooks(form: nn.Module, module: nn.Module) -> nn.Module:
+    """``form`` with the hooks of the module whose place it takes, which their handles still remove."""
+    for name in _HOOKS:
+        setattr(form, name, getattr(module, name))
+    return form
 
 
 def _line(
