@@ -73,6 +73,24 @@ def test_no_row_past_the_last_is_read(tokens, out, in_, block, dtype) -> None:
         assert_near(y, reference.linear(*wide, None, out, in_, "relu"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("out", "in_", "block"), [(64, 500, (16, 16)), (96, 1024, (32, 64)), (40, 330, (8, 24))])
+def test_features_that_no_block_reads_do_not_matter(out, in_, block, dtype) -> None:
+    values, crow, col = random_weight(out, in_, block, dtype, density=0.06)
+    read = torch.zeros(-(-in_ // block[1]), dtype=torch.bool).index_fill_(0, col.long(), True)
+    unread = ~read.repeat_interleave(block[1])[:in_]
+    assert unread.any()
+    x, norm = torch.randn(70, in_).to(dtype), (torch.randn(in_).to(dtype), None, 1e-5)
+    normalized = torch.nn.functional.layer_norm(x.double(), (in_,), norm[0].double(), None, norm[2])
+    y = cpu.linear_normalized(x, norm, values, crow, col, None, None, out, in_, "none")
+    assert_near(
+        y, reference.linear(normalized.to(dtype).double(), values.double(), crow, col, None, None, out, in_, "none")
+    )
+    wanted = reference.linear(x.double(), values.double(), crow, col, None, None, out, in_, "none")
+    x[:, unread] = torch.nan
+    assert_near(cpu.linear(x, values, crow, col, None, None, out, in_, "none"), wanted)
+
+
 def test_rows_beside_the_given_ones_are_not_looked_at() -> None:
     values, crow, col = random_weight(128, 256, (64, 64), torch.bfloat16)
     x = torch.full((120, 256), torch.nan, dtype=torch.bfloat16)

@@ -1,5 +1,6 @@
 #include "driver.h"
 #include "parallel.h"
+#include "reads.h"
 #include "windows.h"
 
 #include <stdatomic.h>
@@ -87,6 +88,20 @@ size_t sb_normalized_bytes(const sb_product *p, int64_t group) {
 /* Groups are read whole: the last one must not reach past the last token. */
 static int reaches_out(const sb_product *p, int64_t token, int64_t group) { return token + group > p->tokens; }
 
+/* The features that the layer has blocks for, run by run. */
+static void pack_reads(const sb_layer *layer, int32_t dtype, const void *const *rows, int64_t group, int64_t features,
+                       char *packed) {
+    const int64_t size = sb_size_of(dtype), width = layer->weight.block_in;
+    for (int64_t first = 0, end; first < layer->padded_in; first = end) {
+        for (end = first; end < layer->padded_in && sb_reads(layer->reads, end, width);) end += width;
+        const void *parts[SB_MAX_GROUP];
+        for (int64_t m = 0; m < group; m++) parts[m] = rows[m] ? (const char *)rows[m] + first * size : NULL;
+        char *out = packed + first * group * layer->packed_size;
+        if (end > first) layer->kernels->pack(dtype, parts, group, group, features - first, end - first, layer->chunk, out);
+        else end += width;
+    }
+}
+
 /* The features of one group of tokens, packed, and normalized where they are to be; or as rows, if x's own do not serve. */
 static void pack_tokens(const sb_layer *layer, const sb_product *p, int64_t token, int64_t count, int64_t group,
                         char *room, char *packed) {
@@ -102,7 +117,7 @@ static void pack_tokens(const sb_layer *layer, const sb_product *p, int64_t toke
     } else if (as_rows) {
         for (int64_t m = 0; m < count; m++) memcpy(packed + m * features * size, rows[m], (size_t)(features * size));
     }
-    if (!as_rows) layer->kernels->pack(p->dtype, rows, group, group, features, layer->padded_in, layer->chunk, packed);
+    if (!as_rows) pack_reads(layer, p->dtype, rows, group, features, packed);
 }
 
 sb_packing sb_packing_of(const sb_layer *layer, const sb_product *p, int64_t start, int64_t tokens, int64_t group,

@@ -14,6 +14,7 @@ typedef struct sb_layer {
     int32_t dtype, packed_size;
     size_t arranged_bytes; /* for the values, where they lie otherwise than tiles want; else 0 */
     char *arranged;
+    const uint8_t *reads; /* which features it has blocks for (see reads.h): others need not be packed; NULL: any */
 } sb_layer;
 
 void sb_layer_init(sb_layer *layer, const sb_weight *weight, int32_t dtype, int64_t tokens);

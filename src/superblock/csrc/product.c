@@ -1,6 +1,7 @@
 /* A product: tiles of tokens, or parts of the block rows, handed out to the threads. */
 #include "driver.h"
 #include "parallel.h"
+#include "reads.h"
 #include "windows.h"
 
 #include <stdlib.h>
@@ -218,7 +219,12 @@ SB_API int sb_run_product(const sb_product *p) {
         if (job.image_rows.positions) job.layer.weight.cols = job.image_rows.cols;
     }
     const int64_t slabs = count_slabs(p, &job.layer);
+    uint8_t *reads = NULL;
+    if (slabs == 1 && !p->window.kernel_h && p->tokens > SB_MAX_GROUP && (reads = malloc((size_t)job.layer.padded_in / SB_CHUNK)))
+        sb_find_reads(&p->weight, reads);
+    job.layer.reads = reads;
     const int status = slabs > 1 ? run_slabs(&job, slabs, threads) : run_tiles(&job, threads);
     free(job.image_rows.cols);
+    free(reads);
     return status;
 }
