@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,7 +17,7 @@ from superblock import SupermaskConfig, TileSparsity, apply_supermask, sparsify_
 from superblock.bsr import BSRMatrix
 from superblock.errors import BackendError, ConfigError, MatrixError
 from superblock.nn import BSRLinear
-from superblock.ops import cpu, direct, native, prepared, reference
+from superblock.ops import cpu, direct, indices, native, prepared, reference
 
 pytestmark = needs_core
 
@@ -111,6 +112,30 @@ def test_bad_input_is_refused_on_the_short_way_too(layer: BSRLinear) -> None:
             layer(torch.zeros(()))
         with pytest.raises(ConfigError, match=r"activation must be one of .*, got 'tan'"):
             layer.project(torch.zeros(2, 32), "tan")
+
+
+@torch.no_grad()
+def test_indices_that_change_unnoticed_are_not_read(layer: BSRLinear) -> None:
+    x = torch.randn(5, 32)
+    y = layer(x)
+    layer.col_indices.data[0] = 10**8  # Which no version counts.
+    layer.crow_indices.numpy()[-1] = 10**6
+    assert torch.equal(layer(x), y)
+
+
+def test_threads_that_turn_an_index_at_once_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, crow, col = random_weight(48, 32, (16, 16))
+    index, both = indices.indices_of(crow, col, len(col), 3, 2), threading.Barrier(2)
+    find = indices.row_indices
+
+    def find_together(*args: object) -> torch.Tensor:
+        both.wait()
+        return find(*args)
+
+    monkeypatch.setattr(indices, "row_indices", find_together)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: index.transposed(), range(2))
+    assert all(a is b for a, b in zip(first, second, strict=True))
 
 
 @torch.no_grad()

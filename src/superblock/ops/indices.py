@@ -40,7 +40,8 @@ class Indices:
             order = torch.argsort(block * (len(turn) * block_rows) + cols)
             crow = torch.zeros(blocks + 1, dtype=torch.int32)
             crow[1:] = torch.bincount(block, minlength=blocks).cumsum(0)
-            found = self._transposed[turn] = crow, cols[order].int(), ids[order].int()
+            # Not a second one that another thread made meanwhile: the core is given addresses of the one that is kept.
+            found = self._transposed.setdefault(turn, (crow, cols[order].int(), ids[order].int()))
         return found
 
 
@@ -107,4 +108,8 @@ def _derive(crow: Tensor, col: Tensor, nnz: int, block_rows: int, block_columns:
             )
     check_indices(crow, col, block_columns)
     crow, col = crow.detach(), col.detach()
-    return Indices(crow.int().contiguous(), col.int().contiguous(), block_columns, (crow, col))
+    # Copies: what writes past the version counter (`.data`, `.numpy()`) must not change what has been checked.
+    own_crow, own_col = (
+        index.to(torch.int32, copy=True, memory_format=torch.contiguous_format) for index in (crow, col)
+    )
+    return Indices(own_crow, own_col, block_columns, (crow, col))
