@@ -211,6 +211,19 @@ def test_a_kernel_without_places_is_refused(kernel: tuple[int, int], graded: boo
         bsr_conv2d(x, torch.zeros(0, 8, 8), *indices, None, None, (8, 8, *kernel))
 
 
+@needs_core
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_results_can_be_changed_in_place(kernel: int) -> None:
+    x, weight = torch.randn(2, 16, 6, 6, requires_grad=True), torch.randn(16, 16, kernel, kernel)
+    matrix = matrix_of(weight, 8)
+    values = matrix.values.detach().requires_grad_()
+    y = bsr_conv2d(x, values, matrix.crow_indices, matrix.col_indices, None, None, weight.shape, padding=(1, 1))
+    F.relu_(y).sum().backward()
+    gradient, x.grad = x.grad, None
+    F.relu(F.conv2d(x, weight, padding=1)).sum().backward()
+    torch.testing.assert_close(gradient, x.grad, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["bsr_conv2d_grad_input", "bsr_conv2d_grad_values"])
 def test_second_derivatives_are_taken_only_where_asked_for(name: str) -> None:
     tensors, dense, geometry = case_of(CASES[0], torch.float32)

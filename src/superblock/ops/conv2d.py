@@ -129,7 +129,7 @@ def _compute(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
 def _fake(x: Tensor, *rest: Any) -> Tensor:
     kernel_shape, stride, padding, dilation = rest[-6:-2]
     size = output_size(x.shape[2:], kernel_shape[2:], stride, padding, dilation)
-    return channels_last(x.shape[0], size, kernel_shape[0], x)
+    return channels_last((x.shape[0], kernel_shape[0], *size), x)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

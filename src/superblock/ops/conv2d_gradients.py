@@ -41,7 +41,7 @@ def _grad_values(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 def _grad_input_fake(grad: Tensor, values: Tensor, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
     kernel_shape, size, *_, groups = rest
-    return channels_last(grad.shape[0], size, kernel_shape[1] * groups, grad)
+    return channels_last((grad.shape[0], kernel_shape[1] * groups, *size), grad)
 
 
 def _grad_values_fake(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,6 +68,9 @@ def output_size(
     return height, width
 
 
-def channels_last(count: int, size: Sequence[int], channels: int, like: Tensor) -> Tensor:
-    """An uninitialized ``[n, c, h, w]`` whose pixels lie one after another."""
-    return like.new_empty(count, *size, channels).movedim(-1, 1)
+def channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialized ``[n, c, h, w]`` whose pixels lie one after another.
+
+    It is no view: an op's result could not be changed in place.
+    """
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ from torch import Tensor, get_num_threads
 from superblock.errors import MatrixError
 from superblock.ops import native
 from superblock.ops.arguments import check, residual_rows
-from superblock.ops.convolution import Geometry, KernelShape, Pair, output_size, row_length
+from superblock.ops.convolution import Geometry, KernelShape, Pair, channels_last, output_size, row_length
 from superblock.ops.native import pack_rows, pack_step
 from superblock.ops.prepared import Prepared, prepare
 
@@ -27,7 +27,7 @@ class Windows:
     run: Callable[[bytes], int]
     product: ctypes.Structure
     prepared: Prepared  # Whose indices and copies the product points to.
-    size: tuple[int, int, int, int]  # Of the result, channels last.
+    size: tuple[int, int, int, int]  # Of the result.
     made_of: tuple[object, ...]
 
 
@@ -51,7 +51,7 @@ def conv2d(
     """
     geometry: Geometry = tuple(kernel_shape), _pair(stride), _pair(padding), _pair(dilation), groups
     x, windows = _images_and_windows(x, (values, crow_indices, col_indices, bias), geometry, activation)
-    y = x.new_empty(*windows.size).permute(0, 3, 1, 2)
+    y = channels_last(windows.size, x)
     rows, _kept = _rows_of(x, y, residual, windows)
     if groups == 1:
         check(windows.run(pack_rows(*rows)))
@@ -75,7 +75,7 @@ class Turns:
         """What will be ``act(conv(x, W) + b + residual)`` when all has run."""
         x, windows = _images_and_windows(x, weight, geometry, activation)
         free = self._free.get(windows.size)
-        y = free.pop() if free else x.new_empty(*windows.size).permute(0, 3, 1, 2)
+        y = free.pop() if free else channels_last(windows.size, x)
         rows, kept = _rows_of(x, y, residual, windows)
         self._steps.append(pack_step(ctypes.addressof(windows.product), *rows))
         self._alive += x, y, kept, windows, weight
@@ -83,7 +83,7 @@ class Turns:
 
     def release(self, y: Tensor) -> None:
         """Let what is added from now on be written over this result."""
-        self._free.setdefault(tuple(y.permute(0, 2, 3, 1).shape), []).append(y)
+        self._free.setdefault(tuple(y.shape), []).append(y)
 
     def run(self) -> None:
         check(native.library().sb_run_in_turn(b"".join(self._steps), len(self._steps)))
@@ -159,12 +159,12 @@ def _windows_of(prepared: Prepared, x: Tensor, geometry: Geometry, made_of: tupl
         product.window.kernel_h = 0  # Every pixel in turn: the plain product of its channels.
         product.x_stride = by_pixel
     run = partial(native.library().sb_run_rows, ctypes.byref(product))
-    return Windows(run, product, prepared, (count, *out_size, out_channels), made_of)
+    return Windows(run, product, prepared, (count, out_channels, *out_size), made_of)
 
 
 def _rows_of(x: Tensor, y: Tensor, residual: Tensor | None, windows: Windows) -> tuple[tuple[int, ...], Tensor | None]:
     """The numbers of ``sb_rows``, and the residual that they point to."""
-    whole, out_channels = windows.product, windows.size[-1]
+    whole, out_channels = windows.product, windows.size[1]
     added, added_stride = 0, out_channels
     if residual is not None:
         if residual.shape != y.shape:

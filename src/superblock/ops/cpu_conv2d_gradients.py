@@ -42,7 +42,7 @@ def conv2d_grad_input(
         )
     shape = out_channels, row_length(kernel_shape, values.shape[2])
     prepared = prepare(values, crow_indices, col_indices, None, shape, "none")
-    grad, dx = images_of(grad), channels_last(len(grad), size, channels, grad)
+    grad, dx = images_of(grad), channels_last((len(grad), channels, *size), grad)
     for down, right in itertools.product(*map(range, stride)):
         part = dx[:, :, down :: stride[0], right :: stride[1]]
         seen = [_places(*each) for each in zip((down, right), kernel, stride, padding, dilation, strict=True)]
@@ -53,7 +53,7 @@ def conv2d_grad_input(
         sizes, turn = (len(rows), len(columns)), [-1] * math.prod(kernel)
         for (i, row), (j, column) in itertools.product(enumerate(reversed(rows)), enumerate(reversed(columns))):
             turn[row * kernel[1] + column] = i * sizes[1] + j
-        y = part if part.shape == dx.shape else channels_last(len(grad), part.shape[2:], channels, grad)
+        y = part if part.shape == dx.shape else channels_last(part.shape, grad)
         product = native.Product(dtype=prepared.product.dtype, threads=get_num_threads())
         product.weight = prepared.transposed_weight(channels, tuple(turn))
         product.window = window_of(grad, sizes, (1, 1), (top, left), dilation, y.shape[2:], out_channels)

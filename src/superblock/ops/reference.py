@@ -107,7 +107,7 @@ def conv2d(
     """``y = act(conv(x, W) + b + residual)``, in channels-last order."""
     kernel = dense_kernel(values, crow_indices, col_indices, kernel_shape)
     z = F.conv2d(x, kernel, bias, stride, padding, dilation, groups)
-    y = channels_last(len(z), z.shape[2:], kernel_shape[0], z)
+    y = channels_last((len(z), kernel_shape[0], *z.shape[2:]), z)
     return y.copy_(activate(z if residual is None else z + residual, activation))
 
 
@@ -125,7 +125,7 @@ def conv2d_grad_input(
 ) -> Tensor:
     """``dx`` of images of ``size``, in channels-last order."""
     kernel = dense_kernel(values, crow_indices, col_indices, kernel_shape)
-    dx = channels_last(len(grad), size, kernel_shape[1] * groups, grad)
+    dx = channels_last((len(grad), kernel_shape[1] * groups, *size), grad)
     return dx.copy_(conv2d_input(dx.shape, kernel, grad, stride, padding, dilation, groups))
 
 
