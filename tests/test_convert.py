@@ -112,6 +112,20 @@ def test_attention_becomes_block_sparse_in_both_projections() -> None:
     assert isinstance(attention.out_proj, BSRLinear)
 
 
+@pytest.mark.parametrize("scope", ["all", "mlp"])
+def test_an_encoder_takes_padding_masks(scope: str) -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    dense = folded(nn.TransformerEncoder(layer, 2).eval(), SupermaskConfig(linear=TileSparsity(0.5, 8), scope=scope))
+    sparse, x = copy.deepcopy(dense), torch.randn(3, 10, 32)
+    to_bsr(sparse)
+    padding = torch.zeros(3, 10, dtype=torch.bool)
+    padding[0, 7:] = True
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            got, want = (model(x, src_key_padding_mask=padding) for model in (sparse, dense))
+            torch.testing.assert_close(got[~padding], want[~padding], rtol=1e-4, atol=1e-5)
+
+
 def test_half_masked_attention_keeps_the_other_half_dense() -> None:
     config = SupermaskConfig(linear=TileSparsity(0.75, 8), include=("*.in_proj_weight",))
     model = folded(encoder(), config)

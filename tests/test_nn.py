@@ -53,13 +53,20 @@ def test_a_weight_read_by_f_linear_is_multiplied_and_any_other_reader_is_told() 
     assert sparse.weight.dtype == torch.float32
     with pytest.raises(ModelError, match=r"can only be read by F\.linear, not by matmul: exclude its layer"):
         torch.matmul(x, sparse.weight)
+    with pytest.raises(ModelError, match=r"can only be read by F\.linear, not by mean: exclude its layer"):
+        sparse.weight.mean()
     assert sparse.weight.shape == dense.weight.shape
+    assert copy.copy(sparse.weight).shape == dense.weight.shape
 
 
 def test_a_convolutions_weight_tells_its_shape_and_device_and_no_more() -> None:
     dense = nn.Conv2d(8, 16, 3)
     sparse, x = sparse_convolution(dense, 8), torch.randn(1, 8, 5, 5)
     assert (sparse.weight.shape, sparse.weight.device) == (dense.weight.shape, dense.weight.device)
+    for asked in ("dim", "size", "numel"):
+        assert getattr(sparse.weight, asked)() == getattr(dense.weight, asked)()
+    assert (sparse.weight.ndim, sparse.weight.size(0), sparse.weight.dtype) == (4, dense.weight.size(0), torch.float32)
+    assert not hasattr(sparse.weight, "mT")
     for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
         assert getattr(sparse, name) == getattr(dense, name)
     for reader in (nn.functional.conv2d, nn.functional.linear):

@@ -113,8 +113,25 @@ class _WeightRead:
     def shape(self) -> torch.Size:
         return torch.Size(self._layer.weight_shape)
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer.values, name)
+        if name.startswith("_"):  # Python's own protocols.
+            raise AttributeError(name)
+        if name in ("device", "dtype", "requires_grad"):
+            return getattr(self._layer.values, name)
+        raise _UnreadableError(_unreadable(isinstance(self._layer, BSRConv2d), name))
 
     @classmethod
     def __torch_function__(
@@ -124,10 +141,17 @@ class _WeightRead:
         convolves = any(isinstance(each, cls) and isinstance(each._layer, BSRConv2d) for each in every)
         if function is F.linear and not convolves:
             return _linear_through(*args, **(kwargs or {}))
-        name = getattr(function, "__name__", str(function))
-        if convolves:
-            raise ModelError(f"the weight of a block-sparse convolution cannot be read by {name}: exclude its layer")
-        raise ModelError(f"a block-sparse weight can only be read by F.linear, not by {name}: exclude its layer")
+        raise ModelError(_unreadable(convolves, getattr(function, "__name__", str(function))))
+
+
+class _UnreadableError(ModelError, AttributeError):
+    """What ``hasattr`` may ask for."""
+
+
+def _unreadable(convolves: bool, reader: str) -> str:
+    if convolves:
+        return f"the weight of a block-sparse convolution cannot be read by {reader}: exclude its layer"
+    return f"a block-sparse weight can only be read by F.linear, not by {reader}: exclude its layer"
 
 
 def _linear_through(input: Tensor, weight: _WeightRead, bias: Tensor | None = None) -> Tensor:
@@ -291,6 +315,11 @@ class BSRMultiheadAttention(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.batch_first = batch_first
+
+    @property
+    def in_proj_weight(self) -> Any:
+        """Read by ``nn.TransformerEncoder``, which leaves nested tensors alone where it is no plain tensor."""
+        return self.in_proj.weight
 
     @property
     def in_proj_bias(self) -> Tensor | None:
