@@ -290,9 +290,16 @@ static part part_of(const sb_layer *layer, const sb_target *t, int64_t row, int6
     return (part){t->x.features, tile.w, tile.cols, tile.blocks, tile.chunks, column_bytes, t->x.token_stride * 2};
 }
 
-static void clear_strip(const walk *k, const strip *s) {
-    float zeros[SB_ACC_BYTES / sizeof(float)] __attribute__((aligned(64)));
-    sb_layer_clear(k->layer, k->target, s->column, s->outputs, zeros);
+/* Strips that nothing reads, or without blocks, need no tiles. */
+static int needs_no_tiles(const walk *k, const strip *s) {
+    float acc[SB_ACC_BYTES / sizeof(float)] __attribute__((aligned(64))); /* the walk's still has the last tile's sums */
+    int living = 0;
+    for (int i = 0; i < k->outputs / s->width; i++) living |= s->parts[i].x != nothing;
+    if (!sb_reads(k->target->reads, s->column, s->outputs)) {
+        sb_layer_clear(k->layer, k->target, s->column, s->outputs, acc);
+        return 1;
+    }
+    return !living && sb_layer_repeat(k->layer, k->target, s->column, s->outputs, acc);
 }
 
 static void run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t last, float *acc) {
@@ -312,8 +319,7 @@ static void run(const sb_layer *layer, const sb_target *t, int64_t first, int64_
             s.parts[s.outputs / s.width] = part_of(layer, t, row, offset, s.width, &room);
             s.outputs += s.width;
             if (s.outputs == k.outputs) {
-                if (sb_reads(t->reads, s.column, s.outputs)) run_strip(&k, &s);
-                else clear_strip(&k, &s);
+                if (!needs_no_tiles(&k, &s)) run_strip(&k, &s);
                 s.outputs = 0;
             }
         }

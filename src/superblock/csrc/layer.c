@@ -313,12 +313,33 @@ void sb_layer_clear(const sb_layer *layer, const sb_target *t, int64_t column, i
     }
 }
 
+int sb_layer_repeat(const sb_layer *layer, const sb_target *t, int64_t column, int64_t width, float *acc) {
+    if (!t->next || t->preactivation || (column | width) % t->next_chunk) return 0;
+    sb_epilogue e = sb_layer_epilogue(layer, t, column, width);
+    if (e.packed_columns <= 0) return 1;
+    memset(acc, 0, SB_ACC_BYTES);
+    e.acc = acc;
+    sb_layer_place(layer, t, 0, column, &e);
+    layer->kernels->epilogue(&e);
+    const int64_t step = t->group * t->next_padded * t->next_size, bytes = e.packed_columns * t->group * t->next_size;
+    char *first = (char *)t->next + column * t->group * t->next_size;
+    for (int64_t group = 1; group < sb_count_groups(t); group++) memcpy(first + group * step, first, (size_t)bytes);
+    return 1;
+}
+
+static int is_empty(const strip *s) {
+    for (int64_t p = 0; p < s->count; p++)
+        if (s->tiles[p].blocks) return 0;
+    return 1;
+}
+
 static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float *acc) {
     const int64_t size = sb_size_of(layer->dtype), column = s->column;
     if (!sb_reads(t->reads, column, s->width)) {
         sb_layer_clear(layer, t, column, s->width, acc);
         return;
     }
+    if (is_empty(s) && sb_layer_repeat(layer, t, column, s->width, acc)) return;
     sb_epilogue e = sb_layer_epilogue(layer, t, column, s->width);
     if (e.columns <= 0 && e.packed_columns <= 0) return;
     e.acc = acc;

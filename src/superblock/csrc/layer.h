@@ -79,6 +79,10 @@ int sb_layer_walks(const sb_layer *layer);
 /* Zeros to the preactivations, if they are kept, of `width` outputs that nothing reads. */
 void sb_layer_clear(const sb_layer *layer, const sb_target *target, int64_t column, int64_t width, float *acc);
 
+/* Outputs without blocks, for a next product: act(bias) whatever the token, so that other groups copy the first one's. False:
+ * not of this target. */
+int sb_layer_repeat(const sb_layer *layer, const sb_target *target, int64_t column, int64_t width, float *acc);
+
 /* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);
 
