@@ -66,6 +66,27 @@ def test_a_folded_model_that_was_not_converted_round_trips(tmp_path: Path) -> No
     torch.testing.assert_close(sb.load(tmp_path / "model.safetensors", Transformer())(x), model(x))
 
 
+class InTwoPlaces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.sequence = nn.Sequential(nn.Linear(16, 16), nn.GELU(), self.layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.sequence(self.layer(x))
+        return y
+
+
+def test_a_module_in_two_places_round_trips_as_one(tmp_path: Path) -> None:
+    model = converted(InTwoPlaces)
+    sb.save(model, tmp_path / "model.safetensors")
+    loaded = sb.load(tmp_path / "model.safetensors", InTwoPlaces())
+    assert loaded.sequence[2] is loaded.layer
+    assert isinstance(loaded.layer, sb.BSRLinear)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
 def test_the_file_is_near_density_times_dense(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(512, 512, bias=False))

@@ -155,7 +155,7 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _install(model: nn.Module, name: str, layers: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Put the described BSR layer, over the file's tensors, in the place of the dense one."""
+    """Put the described BSR layer, over the file's tensors, wherever the dense one stands."""
     parent_name, _, child = name.rpartition(".")
     try:
         parent = model.get_submodule(parent_name)
@@ -179,7 +179,11 @@ def _install(model: nn.Module, name: str, layers: dict[str, Any], tensors: dict[
     if isinstance(new, FoldedBatchNorm):
         _take_bias(parent.get_submodule(new.into))
     device = next((tensor.device for tensor in old.parameters()), None)
-    parent._modules[child] = new.to(device).train(old.training)
+    new = new.to(device).train(old.training)
+    for place, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old and (place == name or place not in layers):
+            above, _, own = place.rpartition(".")
+            model.get_submodule(above)._modules[own] = new
 
 
 def _take_bias(layer: nn.Module) -> None:
