@@ -87,6 +87,20 @@ def test_a_module_in_two_places_round_trips_as_one(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x), model(x))
 
 
+@pytest.mark.parametrize(
+    ("saved", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float64")]
+)
+@pytest.mark.parametrize("build", [Transformer, encoder, ConvNet])
+def test_the_models_dtype_wins(build: type, saved: str, wanted: str, tmp_path: Path) -> None:
+    model = converted(build, EVERYTHING).to(getattr(torch, saved))
+    sb.save(model, tmp_path / "model.safetensors")
+    state = sb.load(tmp_path / "model.safetensors", build().to(getattr(torch, wanted))).state_dict()
+    for key, tensor in model.state_dict().items():
+        expected = tensor.to(getattr(torch, wanted)) if tensor.is_floating_point() else tensor
+        assert state[key].dtype == expected.dtype, key
+        assert torch.equal(state[key], expected), key
+
+
 def test_the_file_is_near_density_times_dense(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(512, 512, bias=False))

@@ -60,7 +60,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model: the same architecture, dense: it is changed in place. Not needed where the file names its architecture.
 
     Returns:
-        ``model``, or the one that the file describes, on the CPU for the latter.
+        ``model``, with its own device and dtype; or the one that the file describes, on the CPU, in float32.
 
     Raises:
         CheckpointError: the file is truncated, of another format, or of another model.
@@ -178,8 +178,9 @@ def _install(model: nn.Module, name: str, layers: dict[str, Any], tensors: dict[
         raise CheckpointError(f"{path} is damaged: {name} cannot be rebuilt: {error}") from error
     if isinstance(new, FoldedBatchNorm):
         _take_bias(parent.get_submodule(new.into))
-    device = next((tensor.device for tensor in old.parameters()), None)
-    new = new.to(device).train(old.training)
+    if (like := next((tensor for tensor in old.parameters()), None)) is not None:
+        new.to(like.device, like.dtype if like.is_floating_point() else None)
+    new.train(old.training)
     for place, module in list(model.named_modules(remove_duplicate=False)):
         if module is old and (place == name or place not in layers):
             above, _, own = place.rpartition(".")
