@@ -113,6 +113,11 @@ def test_a_model_of_another_image_size_is_built_again(capsys: pytest.CaptureFixt
         (("dense.pth", "-o", "out.safetensors", "--model", "vit_digits", "--model-ema"), "no averaged weights"),
         (("model_3.pth", "-o", "out.safetensors", "--model", "vit:num_layers=3"), "expected vit:image_size=<n>,patch"),
         (("cut.pth", "-o", "out.safetensors"), r"cut\.pth is truncated or not a checkpoint"),
+        (("users.txt", "-o", "out.safetensors"), r"users\.txt is truncated or not a checkpoint"),
+        (
+            (".", "-o", "out.safetensors"),
+            r"no checkpoint at \.: it is a folder, give a \.pth or \.safetensors file in it",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_one_line_and_writes_nothing(
@@ -124,6 +129,7 @@ def test_what_cannot_be_converted_is_one_line_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(checkpoint.parent)
     torch.save(models.build("vit_digits").state_dict(), "dense.pth")
+    Path("users.txt").write_text("root:x:0:0:root:/root:/bin/bash\n")
     Path("cut.pth").write_bytes(checkpoint.read_bytes()[:9999])
     before = sorted(path.name for path in Path().iterdir())
     assert re.search(message, refused(capsys, "convert", *arguments))

@@ -13,6 +13,8 @@ import torch
 from superblock.errors import CheckpointError
 from superblock.files import read_checkpoint, write_atomically, write_checkpoint
 
+NO_CHECKPOINT = r"a\.pth (is truncated or not a checkpoint: use an earlier one|.* was not loaded)"
+
 
 def test_round_trip_with_the_arguments_of_a_training_script(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a.pth", {"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=0.1)})
@@ -55,6 +57,39 @@ def test_a_truncated_file_is_named(tmp_path: Path, share: float) -> None:
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(CheckpointError, match=r"a\.pth is truncated or not a checkpoint: use an earlier one"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"root:x:0:0:root:/root:/bin/bash\n",
+        b"daemon:x:1:1\n",
+        b'{"a": 1}',
+        b"\x80\x02.",
+        b"\x80\x04",
+        b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+        b"\xff\xd8\xff\xe0\x00\x10JFIF",
+        b"PK\x03\x04",
+        *(bytes([first]) * 40 for first in b"a(.qrsu0"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=NO_CHECKPOINT):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_checkpoint_cut_anywhere_is_named(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"w": torch.randn(10)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 200)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=NO_CHECKPOINT):
+            read_checkpoint(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_a_pickle_with_foreign_classes_is_refused_and_never_executed(
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, {"model": {"weight": 3}}, torch.zeros(2)])
+@pytest.mark.parametrize("content", [[1, 2], {}, {"model": {"weight": 3}}, {1: torch.zeros(2)}, torch.zeros(2)])
 def test_a_file_without_a_model_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other\.pth holds no model: expected a state_dict"):

@@ -226,7 +226,11 @@ def state_of(content: Any, source: str) -> dict[str, Tensor]:
             if isinstance(content.get(key), Mapping):
                 content = content[key]
                 break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    ):
         raise CheckpointError(f"{source} holds no model: expected a state_dict, or a dict with one under 'model'")
     prefix = "module." if all(key.startswith("module.") for key in content) else ""
     return {key.removeprefix(prefix): value for key, value in content.items()}
@@ -263,5 +267,7 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def _advice(path: Path) -> str:
+    if path.is_dir():
+        return "it is a folder, give a .pth or .safetensors file in it"
     name = hub.published_name(path)
     return f"fetch it with: superblock download {name}" if name else "give the path of a .pth or .safetensors file"
