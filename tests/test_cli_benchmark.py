@@ -165,7 +165,9 @@ def test_what_cannot_be_meant_is_one_line(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_cuda_is_the_default_and_its_absence_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "torch sees no CUDA GPU here: use --device cpu" in refused(capsys, "benchmark", "--model", "vit_digits")
+    told = "needs a CUDA GPU, and torch sees none here: use --device cpu"
+    assert f"--device cuda (the default) {told}" in refused(capsys, "benchmark", "--model", "vit_digits")
+    assert f"--device cuda:0 {told}" in refused(capsys, "benchmark", "--model", "vit_digits", "--device", "cuda:0")
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_work(

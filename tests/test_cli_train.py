@@ -270,7 +270,9 @@ def test_an_interrupted_run_says_how_to_go_on(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_cuda_asked_for_and_absent_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--dataset digits") == 2
-    assert capsys.readouterr().err.startswith("train: --device cuda was asked for, but torch sees no CUDA GPU here")
+    assert capsys.readouterr().err.startswith(
+        "train: --device cuda (the default) needs a CUDA GPU, and torch sees none"
+    )
 
 
 def test_synchronized_batch_normalization_needs_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

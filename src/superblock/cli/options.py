@@ -12,6 +12,7 @@ from superblock.convert import check_block
 from superblock.errors import BackendError, ConfigError
 
 DEFAULT_TILE = 32
+DEFAULT_DEVICE = "cuda"
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog.rpartition(' ')[2]}: {message}: see --help\n")
 
 
-def add_model_options(parser: argparse.ArgumentParser, default_device: str = "cuda") -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, with which weights, where."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="vit_b_16", help="a torchvision model, or timm:<name>")
@@ -33,7 +34,7 @@ def add_model_options(parser: argparse.ArgumentParser, default_device: str = "cu
         metavar="FILE",
         help="a checkpoint (.pth), a deployable model (.safetensors) or hf://owner/name/file",
     )
-    group.add_argument("--device", default=default_device, help="cpu, cuda, cuda:1 (default: %(default)s)")
+    group.add_argument("--device", default=DEFAULT_DEVICE, help="cpu, cuda, cuda:1 (default: %(default)s)")
 
 
 def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +115,8 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"unknown device {name!r}: expected cpu, cuda or cuda:<index>") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"--device {name} was asked for, but torch sees no CUDA GPU here: use --device cpu")
+        default = " (the default)" if name == DEFAULT_DEVICE else ""
+        raise BackendError(f"--device {name}{default} needs a CUDA GPU, and torch sees none here: use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(f"--device {name} was asked for, but there are only {torch.cuda.device_count()} GPUs")
     return device
