@@ -256,6 +256,47 @@ def test_trainability_mode_and_shared_modules_survive() -> None:
     assert not model["a"].training
 
 
+def tied_linears() -> nn.Module:
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_linear_layers_that_share_a_weight_share_its_values() -> None:
+    model = folded(tied_linears())
+    x = torch.randn(3, 16)
+    expected, dense = model(x), copy.deepcopy(model)
+    report = to_bsr(model)
+    assert model[0].values is model[2].values
+    assert [layer.name for layer in report.layers] == ["0", "4"]
+    assert report.parameters == sum(parameter.numel() for parameter in dense.parameters())
+    assert model_report(model).totals() == report.totals()
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+    dense(x).sum().backward()
+    living = dense[0].weight != 0
+    torch.testing.assert_close(model[0].dense(model[0].values.grad)[living], dense[0].weight.grad[living])
+
+
+def test_ties_that_conversion_breaks_are_told() -> None:
+    model = folded(Tied())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    report = to_bsr(model)
+    notes = {layer.name: layer.note for layer in report.layers}
+    assert notes["embedding"] == "stays dense: no BSR form of Embedding"
+    assert notes["head"] == "no longer tied to embedding.weight"
+    assert report.parameters == parameters + 40 * 16
+    assert 0 < report.model_sparsity <= report.masked_sparsity < 1
+
+
+def test_convolutions_that_share_a_weight_come_apart_and_say_so() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1))
+    model[2].weight = model[0].weight
+    report = to_bsr(folded(model, CONVOLUTIONS))
+    assert [layer.note for layer in report.layers] == ["", "no longer tied to 0.weight"]
+    assert report.parameters == 2 * (16 * 16 + 16)
+
+
 def test_a_converted_model_trains() -> None:
     model = folded(Transformer()).train()
     to_bsr(model)

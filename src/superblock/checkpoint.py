@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from superblock.bsr import BSRMatrix
-from superblock.convert import dense_linear, fuse
+from superblock.convert import dense_linear, fuse, share
 from superblock.errors import CheckpointError, MatrixError, ModelError
 from superblock.files import write_atomically
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight, FoldedBatchNorm
@@ -79,6 +79,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     for name in content["layers"]:
         if name.rpartition(".")[0] not in content["layers"]:  # An attention installs its projections itself.
             _install(model, name, content["layers"], tensors, path)
+    _tie(model, content["aliases"])
     load_matching(model, tensors, str(path))
     fuse(model)
     return model
@@ -185,6 +186,15 @@ def _install(model: nn.Module, name: str, layers: dict[str, Any], tensors: dict[
         if module is old and (place == name or place not in layers):
             above, _, own = place.rpartition(".")
             model.get_submodule(above)._modules[own] = new
+
+
+def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
+    """Let block-sparse layers that shared their values when they were saved share them."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BSRWeight)}
+    for alias, key in aliases.items():
+        layer, other = (layers.get(name.removesuffix(".values")) for name in (alias, key))
+        if layer is not None and other is not None:
+            share(layer, other)
 
 
 def _take_bias(layer: nn.Module) -> None:

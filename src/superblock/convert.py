@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from superblock.scaled import fuse_scaled
 from superblock.sequences import fuse_sequences
 from superblock.surgery import Fold, folds, folds_of, masked_weights
 
+Layer = TypeVar("Layer", bound=BSRWeight)
 ATTENTION_PARTS = {"in_proj_weight": "in_proj", "out_proj.weight": "out_proj"}
 
 
@@ -29,7 +32,8 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
 
     Linear layers become :class:`BSRLinear`, convolutions :class:`BSRConv2d`, ``nn.MultiheadAttention``
     :class:`BSRMultiheadAttention`. What has no BSR form keeps its folded dense weight, and the report says why: so do
-    convolutions over several positions on a GPU. Batch norms in eval mode move into the convolution before them for
+    convolutions over several positions on a GPU. Linear layers that share a weight share its values; any other tie to a
+    layer that is swapped comes apart, with a note. Batch norms in eval mode move into the convolution before them for
     good, activations and residual additions into the product before them, and convolutions pass images on in
     ``torch.channels_last``. Hooks move to the new layers.
 
@@ -55,8 +59,9 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
         check_block(blocksize, fold.target.tile_size, f"{layer}.{name}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     swaps: dict[int, nn.Module] = {}
+    shared: dict[int, BSRLinear] = {}
     taken: set[int] = set()
-    lines = []
+    converted = []
     for layer, module in model.named_modules():
         owned = {} if id(module) in taken else _owned_folds(module)
         if not owned:
@@ -65,13 +70,52 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
         block = blocksize or next(iter(owned.values()))[1].target.tile_size
         reason = _no_bsr_form(module, block) if layer else "it is the model itself: wrap it in a module"
         if reason is None:
-            swaps[id(module)] = _with_hooks(_bsr_form(module, owned, blocksize).train(module.training), module)
+            swaps[id(module)] = _with_hooks(_bsr_form(module, owned, blocksize, shared).train(module.training), module)
         for name, (weight, fold) in owned.items():
-            lines.append((f"{layer}.{name}", module, weight, fold, swaps.get(id(module)), name, reason))
+            form = swaps.get(id(module))
+            converted.append(_Converted(f"{layer}.{name}", weight, fold, form, _held(form, name), reason))
     _replace(model, swaps)
+    converted = _told_apart(model, converted)
+    parameters += sum(each.weight.numel() for each in converted if each.untied_from)
     notes = fold_batch_norms(model)
     fuse(model)
-    return Report(tuple(_line(*line, notes.get(id(line[4]), "")) for line in lines), parameters)
+    return Report(tuple(_line(each, notes.get(id(each.form), "")) for each in converted), parameters)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A folded weight: the layer that took its place, what of that holds it, or why there is none."""
+
+    name: str
+    weight: Tensor
+    fold: Fold
+    form: nn.Module | None
+    held: BSRWeight | None
+    reason: str | None
+    untied_from: str = ""
+
+
+def _held(form: nn.Module | None, name: str) -> BSRWeight | None:
+    held = form.get_submodule(ATTENTION_PARTS[name]) if isinstance(form, BSRMultiheadAttention) else form
+    assert held is None or isinstance(held, BSRWeight)  # By `_bsr_form`.
+    return held
+
+
+def _told_apart(model: nn.Module, converted: list[_Converted]) -> list[_Converted]:
+    """A weight that several layers share once, and each that no longer is shared with the name of what shared it."""
+    dense = {id(parameter): name for name, parameter in model.named_parameters()}
+    first: dict[int, str] = {}
+    seen: set[int] = set()
+    apart = []
+    for each in converted:
+        tensor = each.weight if each.held is None else each.held.values
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        before = first.setdefault(id(each.weight), each.name)
+        other = dense.get(id(each.weight), "" if before is each.name else before)
+        apart.append(each if each.held is None else replace(each, untied_from=other))
+    return apart
 
 
 def fuse(model: nn.Module) -> None:
@@ -151,26 +195,37 @@ def padding_of(module: nn.Conv2d) -> tuple[int, ...]:
     return (top, left) if (left, top) == (right, bottom) else (left, right, top, bottom)
 
 
-def _bsr_form(module: nn.Module, owned: dict[str, tuple[Tensor, Fold]], blocksize: int | None) -> nn.Module:
-    def matrix(name: str) -> BSRMatrix:
-        weight, fold = owned[name]
-        block = blocksize or fold.target.tile_size
-        return matrix_of(weight, block) if weight.dim() == 4 else BSRMatrix.from_dense(weight, block)
+def _bsr_form(
+    module: nn.Module, owned: dict[str, tuple[Tensor, Fold]], blocksize: int | None, shared: dict[int, BSRLinear]
+) -> nn.Module:
+    """The module's BSR form; ``shared`` holds the linear layers made so far, by the id of their dense weight."""
+
+    def block(name: str) -> int:
+        return blocksize or owned[name][1].target.tile_size
+
+    def linear(name: str, bias: Tensor | None) -> BSRLinear:
+        weight = owned[name][0]
+        twin = shared.get(id(weight))
+        if twin is None:
+            layer = BSRLinear(BSRMatrix.from_dense(weight, block(name)), bias)
+            shared[id(weight)] = layer
+            return _as_trainable(layer, weight)
+        layer = BSRLinear(twin.matrix, bias)
+        share(layer, twin)
+        return layer
 
     if isinstance(module, nn.MultiheadAttention):
         parts: dict[str, nn.Module] = {}
         for name, bias in (("in_proj_weight", module.in_proj_bias), ("out_proj.weight", module.out_proj.bias)):
             weight = _get(module, name)
             sparse = name in owned
-            parts[ATTENTION_PARTS[name]] = (
-                _as_trainable(BSRLinear(matrix(name), bias), weight) if sparse else dense_linear(weight, bias)
-            )
+            parts[ATTENTION_PARTS[name]] = linear(name, bias) if sparse else dense_linear(weight, bias)
         return BSRMultiheadAttention(
             parts["in_proj"], parts["out_proj"], module.num_heads, module.dropout, module.batch_first
         )
     if isinstance(module, nn.Conv2d):
         conv = BSRConv2d(
-            matrix("weight"),
+            matrix_of(module.weight, block("weight")),
             module.bias,
             module.stride,  # type: ignore[arg-type]
             padding_of(module),
@@ -181,7 +236,12 @@ def _bsr_form(module: nn.Module, owned: dict[str, tuple[Tensor, Fold]], blocksiz
         )
         return _as_trainable(conv, module.weight)
     assert isinstance(module, nn.Linear)  # By `_no_bsr_form`.
-    return _as_trainable(BSRLinear(matrix("weight"), module.bias), module.weight)
+    return linear("weight", module.bias)
+
+
+def share(layer: BSRWeight, other: BSRWeight) -> None:
+    """Let ``layer`` hold the values and indices that ``other`` holds, not its own."""
+    layer.values, layer.crow_indices, layer.col_indices = other.values, other.crow_indices, other.col_indices
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -193,7 +253,7 @@ def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _as_trainable(layer: BSRWeight, weight: Tensor) -> BSRWeight:
+def _as_trainable(layer: Layer, weight: Tensor) -> Layer:
     """``layer`` with its values as trainable as the dense weight was."""
     layer.values.requires_grad_(weight.requires_grad)
     return layer
@@ -218,20 +278,12 @@ def _with_hooks(form: nn.Module, module: nn.Module) -> nn.Module:
     return form
 
 
-def _line(
-    name: str,
-    module: nn.Module,
-    weight: Tensor,
-    fold: Fold,
-    form: nn.Module | None,
-    part: str,
-    reason: str | None,
-    note: str,
-) -> LayerReport:
+def _line(each: _Converted, note: str) -> LayerReport:
+    weight, fold, layer = each.weight, each.fold, each.held
     kind = "linear" if weight.dim() == 2 else "conv1x1" if weight.shape[2:].numel() == 1 else "conv"
-    name = name.removesuffix(".weight")
+    name = each.name.removesuffix(".weight")
     common = {"name": name, "kind": kind, "shape": tuple(weight.shape), "target": fold.target.sparsity}
-    if form is None:
+    if layer is None:
         return LayerReport(
             **common,  # type: ignore[arg-type]
             tile=fold.tile,
@@ -239,19 +291,18 @@ def _line(
             sparsity=fold.sparsity,
             zeros=fold.zeros,
             parameters=weight.numel(),
-            note=f"stays dense: {reason}",
+            note=f"stays dense: {each.reason}",
         )
-    held = form.get_submodule(ATTENTION_PARTS[part]) if isinstance(form, BSRMultiheadAttention) else form
-    assert isinstance(held, BSRWeight)  # By `_bsr_form`.
-    matrix = held.matrix
+    matrix = layer.matrix
+    untied = f"no longer tied to {each.untied_from}" if each.untied_from else ""
     return LayerReport(
         **common,  # type: ignore[arg-type]
         tile=matrix.blocksize,
         grid=matrix.grid,
         sparsity=1 - matrix.density,
-        zeros=weight.numel() - stored_weights(held),
+        zeros=weight.numel() - stored_weights(layer),
         parameters=weight.numel(),
-        note=note,
+        note="; ".join(filter(None, (untied, note))),
     )
 
 

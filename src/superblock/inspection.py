@@ -31,9 +31,9 @@ class LayerMask:
 def model_report(model: nn.Module) -> Report:
     """Every masked, folded or block-sparse weight of a model, and the totals."""
     report = supermask_report(model)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BSRWeight)]
-    unstored = sum(math.prod(module.weight_shape) - module.values.numel() for _, module in layers)
-    return Report((*report.layers, *(_converted(*layer) for layer in layers)), report.parameters + unstored)
+    layers = _block_sparse(model)
+    unstored = sum(math.prod(module.weight_shape) - module.values.numel() for module in layers.values())
+    return Report((*report.layers, *(_converted(*each) for each in layers.items())), report.parameters + unstored)
 
 
 def layer_masks(model: nn.Module) -> list[LayerMask]:
@@ -44,14 +44,22 @@ def layer_masks(model: nn.Module) -> list[LayerMask]:
     for layer, module, name, fold in folds(model):
         mask_of_zeros = _living_tiles(module.get_parameter(name), fold.tile, fold.grid)
         found.setdefault(id(module.get_parameter(name)), LayerMask(_name(layer, name), _flat(mask_of_zeros)))
-    for layer, module in model.named_modules():
-        if isinstance(module, BSRWeight):
-            matrix = module.matrix
-            grid = torch.zeros(matrix.grid, dtype=torch.bool)
-            rows = row_indices(matrix.crow_indices, matrix.nnz).cpu()
-            grid[rows, matrix.col_indices.long().cpu()] = True
-            found.setdefault(id(module), LayerMask(layer, grid))
+    for layer, module in _block_sparse(model).items():
+        matrix = module.matrix
+        grid = torch.zeros(matrix.grid, dtype=torch.bool)
+        rows = row_indices(matrix.crow_indices, matrix.nnz).cpu()
+        grid[rows, matrix.col_indices.long().cpu()] = True
+        found[id(module)] = LayerMask(layer, grid)
     return list(found.values())
+
+
+def _block_sparse(model: nn.Module) -> dict[str, BSRWeight]:
+    """The block-sparse layers by name; of those that share their values the first."""
+    seen: dict[int, tuple[str, BSRWeight]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BSRWeight):
+            seen.setdefault(id(module.values), (name, module))
+    return dict(seen.values())
 
 
 def _converted(name: str, module: BSRWeight) -> LayerReport:
