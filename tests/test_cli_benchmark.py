@@ -147,6 +147,7 @@ def test_threads_and_seed_are_heeded(capsys: pytest.CaptureFixture[str]) -> None
         (("--iters", "0"), "--iters must be at least 1, got 0"),
         (("--warmup", "-1"), "--warmup must be at least 0, got -1"),
         (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--threads", "100000"), r"--threads must be at most \d+, the cores of this machine, got 100000"),
         (("--bfloat16", "--float16"), "--bfloat16 and --float16 exclude each other"),
         (("--sp-include", "nothing.*", "--sparsity-linear", "0.5"), r"pattern 'nothing\.\*' matches no layer"),
     ],

@@ -106,6 +106,7 @@ def test_other_arithmetic_is_taken(arithmetic: str, capsys: pytest.CaptureFixtur
         ("--bfloat16 --float16", "--bfloat16 and --float16 exclude each other"),
         ("--weights-path missing.pth", "no checkpoint at missing.pth"),
         ("--dataset fashion-mnist --data-path nowhere", "no nowhere/train-images-idx3-ubyte.gz"),
+        ("--threads 100000", "--threads must be at most"),
         ("--model-ema", "--model-ema needs --weights-path"),
     ],
 )

@@ -50,9 +50,15 @@ def test_pictures_checkpoints_and_models_are_there(folder: Path) -> None:
     assert load(folder / "models" / "90-bsr.safetensors") is not None
 
 
-def test_bad_options_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--output-dir", str(tmp_path / "demo"), "--epochs", "0"]) == 2
-    assert capsys.readouterr().err == "demo: --epochs must be at least 1, got 0\n"
+@pytest.mark.parametrize(
+    ("option", "value", "bound"),
+    [("epochs", "0", "least 1,"), ("threads", "0", "least 1,"), ("threads", "99999", "most")],
+)
+def test_bad_options_write_nothing(
+    option: str, value: str, bound: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--output-dir", str(tmp_path / "demo"), f"--{option}", value]) == 2
+    assert capsys.readouterr().err.startswith(f"demo: --{option} must be at {bound} ")
     assert not (tmp_path / "demo").exists()
 
 

@@ -12,6 +12,7 @@ from superblock.cli import benchmark
 from superblock.cli.options import Parser
 from superblock.errors import ConfigError
 from superblock.files import check_writable
+from superblock.threads import check_threads
 
 MODEL_CARD = "--device cpu --sparsity-linear 0.8 --sp-linear-tile-size 64 --sparsify-weights --bsr 64 --compare dense"
 
@@ -35,9 +36,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    for name in ("epochs", "threads", "benchmark_batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+    for name in ("epochs", "benchmark_batch_size"):
+        if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    check_threads(args.threads)
     check_writable(args.output_dir / "demo.json")
     demo.run(args.output_dir, epochs=args.epochs, seed=args.seed, threads=args.threads, say=_say)
     print()

@@ -11,6 +11,7 @@ from torch import nn
 
 from superblock import models
 from superblock.errors import ConfigError, DataError
+from superblock.threads import use_threads
 from superblock.training.config import DataConfig, Interpolation, RunConfig
 from superblock.training.data import Data, load_data
 from superblock.training.randomness import seed_all
@@ -32,8 +33,7 @@ class Prepared:
 
 def set_up_torch(config: RunConfig) -> None:
     """Threads and determinism."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
