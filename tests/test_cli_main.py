@@ -59,6 +59,14 @@ def test_a_mistake_of_our_own_is_not_hidden() -> None:
         guarded("train", fail)
 
 
+@pytest.mark.parametrize(("arguments", "status"), [([], 0), (["--version"], 0), (["fly"], 2)])
+def test_the_module_is_the_command(arguments: list[str], status: int, capfd: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "superblock", *arguments], check=False)
+    by_module = capfd.readouterr()
+    assert done.returncode == main(arguments) == status
+    assert by_module == capfd.readouterr()
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = [sys.executable, "-c", "from superblock.cli.main import entry; entry()", "info"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
