@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from superblock.errors import ConfigError
+from superblock.whole import whole
 
 Scope = Literal["all", "mlp"]
 Rule = Literal["exact", "original"]
+KINDS = ("linear", "conv1x1", "conv")
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,13 @@ class TileSparsity:
     tile_size: int = 32
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"sparsity must be in [0, 1), got {self.sparsity}: 0.9 keeps a tenth of the tiles")
-        if isinstance(self.tile_size, bool) or int(self.tile_size) != self.tile_size or self.tile_size < 1:
-            raise ConfigError(f"tile size must be a whole number of at least 1, got {self.tile_size}")
+        if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:
+            raise ConfigError(f"sparsity must be in [0, 1), got {self.sparsity!r}: 0.9 keeps a tenth of the tiles")
+        tile_size = whole(self.tile_size)
+        if tile_size is None or tile_size < 1:
+            raise ConfigError(f"tile size must be a whole number of at least 1, got {self.tile_size!r}")
+        object.__setattr__(self, "sparsity", float(self.sparsity))  # Of numpy's numbers JSON takes none.
+        object.__setattr__(self, "tile_size", tile_size)
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,16 @@ class SupermaskConfig:
         for name, choices in (("scope", get_args(Scope)), ("rule", get_args(Rule))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for kind in KINDS:
+            target = getattr(self, kind)
+            if target is not None and not isinstance(target, TileSparsity):
+                raise ConfigError(f"{kind} must be a TileSparsity(sparsity, tile_size) or None, got {target!r}")
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            patterns = getattr(self, name)
+            listed = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+            if not listed or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ConfigError(f"{name} must be a tuple of patterns, as ('encoder.*',), got {patterns!r}")
+            object.__setattr__(self, name, tuple(patterns))
 
     def target(self, kind: str) -> TileSparsity | None:
         """The target of a kind of layer: ``linear``, ``conv1x1`` or ``conv``."""
@@ -61,7 +76,7 @@ class SupermaskConfig:
     @property
     def active(self) -> bool:
         """Whether any kind of layer is to be masked."""
-        return any((self.linear, self.conv1x1, self.conv))
+        return any(self.target(kind) for kind in KINDS)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as checkpoints store them."""
@@ -70,7 +85,5 @@ class SupermaskConfig:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> SupermaskConfig:
         """The inverse of :meth:`to_dict`."""
-        targets: dict[str, Any] = {
-            kind: TileSparsity(**plain[kind]) for kind in ("linear", "conv1x1", "conv") if plain.get(kind)
-        }
+        targets: dict[str, Any] = {kind: TileSparsity(**plain[kind]) for kind in KINDS if plain.get(kind)}
         return cls(**{**plain, **targets})
