@@ -89,6 +89,15 @@ CROW, COL, VALUES = torch.tensor([0, 1, 3]), torch.tensor([1, 0, 1]), torch.zero
         ({"values": torch.zeros(3, 16)}, r"values must be \[nnz, block height, block width\], got shape \(3, 16\)"),
         ({"values": VALUES.to("meta")}, "indices and values must be on one device, got cpu and meta"),
         ({"shape": (8, 0)}, "shape must be at least 1 × 1, got 8 × 0"),
+        *(
+            ({"shape": shape}, "shape must be two whole numbers, rows and columns, got")
+            for shape in ((8, 8, 1), (8.9, 8), (8,), None, "88", 8)
+        ),
+        (
+            {"values": VALUES.to_sparse()},
+            "values must be a dense tensor of real numbers, got sparse_coo float32 on cpu",
+        ),
+        ({"values": VALUES.to(torch.complex64)}, "of real numbers, got strided complex64 on cpu"),
     ],
 )
 def test_tensors_that_do_not_form_a_matrix_are_refused(changes: dict[str, object], message: str) -> None:
@@ -100,5 +109,15 @@ def test_tensors_that_do_not_form_a_matrix_are_refused(changes: dict[str, object
 def test_conversions_refuse_what_they_cannot_read() -> None:
     with pytest.raises(MatrixError, match="expected a matrix and a block of at least 1 × 1"):
         BSRMatrix.from_dense(torch.zeros(3), 4)
+    for block in (16.0, "16", "44", (4, 4, 4), (4, 4.0), 0, (4, 0), True, None):
+        with pytest.raises(MatrixError, match=r"a block of at least 1 × 1, a whole number or two, got shape \(8, 8\)"):
+            BSRMatrix.from_dense(torch.zeros(8, 8), block)  # type: ignore[arg-type]
+    with pytest.raises(
+        MatrixError, match="a block of 1000000 × 1000000 is far larger than the matrix of 8 × 8: take one"
+    ):
+        BSRMatrix.from_dense(torch.zeros(8, 8), 10**6)
+    for matrix in (torch.zeros(8, 8, device="meta"), torch.zeros(8, 8).to_sparse(), torch.zeros(8, 8).cfloat()):
+        with pytest.raises(MatrixError, match="expected a dense matrix of real numbers with values, got"):
+            BSRMatrix.from_dense(matrix, 4)
     with pytest.raises(MatrixError, match=r"expected a 2-D tensor of layout torch.sparse_bsr, got 2-D torch.strided"):
         BSRMatrix.from_torch(torch.zeros(4, 4))

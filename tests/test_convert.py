@@ -320,6 +320,11 @@ def test_a_converted_vision_transformer_compiles_and_exports(backend: str) -> No
     torch.testing.assert_close(torch.export.export(copy.deepcopy(model), (x,)).module()(x), expected)
 
 
+def test_a_model_without_values_cannot_be_converted() -> None:
+    with pytest.raises(ModelError, match=r"0\.weight is on the meta device, without values: load weights first"):
+        to_bsr(folded(nn.Sequential(nn.Linear(16, 16))).to("meta"))
+
+
 def test_order_and_blocks_are_checked_before_anything_changes() -> None:
     model = Transformer()
     with pytest.raises(ModelError, match="Transformer has no folded weights: call apply_supermask and sparsify"):
@@ -330,6 +335,7 @@ def test_order_and_blocks_are_checked_before_anything_changes() -> None:
     sparsify_weights(model)
     with pytest.raises(ConfigError, match=r"block 12 and tile 8 of embed\.weight must divide one another"):
         to_bsr(model, 12)
-    with pytest.raises(ConfigError, match="block size must be at least 1, got 0"):
-        to_bsr(model, 0)
+    for block in (0, 16.0, "16", (16, 16), True):
+        with pytest.raises(ConfigError, match="block size must be a whole number of at least 1, got"):
+            to_bsr(model, block)  # type: ignore[arg-type]
     assert not any(isinstance(module, BSRLinear) for module in model.modules())

@@ -210,6 +210,8 @@ def test_masking_twice_or_folding_nothing_is_refused() -> None:
 
 
 def test_weights_without_a_shape_or_a_parameter_are_refused() -> None:
+    with pytest.raises(ModelError, match="0 is on the meta device, without values: load weights before masking them"):
+        apply_supermask(nn.Sequential(nn.Linear(16, 16, device="meta")), LINEAR)
     with pytest.raises(ModelError, match="0 has no shape yet: run one batch"):
         apply_supermask(nn.Sequential(nn.LazyLinear(16)), LINEAR)
     with pytest.warns(FutureWarning, match="weight_norm"):

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from superblock.errors import MatrixError
+from superblock.whole import all_whole, whole
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+LARGEST_PADDED_BLOCK = 1024  # Blocks are padded to their whole size, which no memory holds for any side.
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,12 @@ class BSRMatrix:
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
+        shape = all_whole(self.shape, 2, least=0)
+        if shape is None:
+            raise MatrixError(f"shape must be two whole numbers, rows and columns, got {self.shape!r}")
+        object.__setattr__(self, "shape", shape)
+        if self.values.layout != torch.strided or self.values.is_complex():
+            raise MatrixError(f"values must be a dense tensor of real numbers, got {_kind(self.values)}")
         check_layout(self.crow_indices, self.col_indices, self.values, self.shape)
         check_indices(self.crow_indices, self.col_indices, self.grid[1])
 
@@ -69,10 +76,19 @@ class BSRMatrix:
     @classmethod
     def from_dense(cls, dense: Tensor, blocksize: int | tuple[int, int]) -> BSRMatrix:
         """Store the blocks of ``dense [M, N]`` that hold a value other than zero."""
-        bh, bw = (blocksize, blocksize) if isinstance(blocksize, int) else blocksize
-        if dense.dim() != 2 or bh < 1 or bw < 1:
+        block = all_whole((blocksize, blocksize) if whole(blocksize) else blocksize, 2)
+        if dense.dim() != 2 or block is None:
             raise MatrixError(
-                f"expected a matrix and a block of at least 1 × 1, got shape {tuple(dense.shape)} and block {bh} × {bw}"
+                f"expected a matrix and a block of at least 1 × 1, a whole number or two, "
+                f"got shape {tuple(dense.shape)} and block {blocksize!r}"
+            )
+        if dense.layout != torch.strided or dense.is_complex() or dense.is_meta:
+            raise MatrixError(f"expected a dense matrix of real numbers with values, got {_kind(dense)}")
+        bh, bw = block
+        if any(side > max(own, LARGEST_PADDED_BLOCK) for side, own in zip(block, dense.shape, strict=True)):
+            raise MatrixError(
+                f"a block of {bh} × {bw} is far larger than the matrix of {dense.shape[0]} × {dense.shape[1]}: "
+                f"take one of at most its sides, or {LARGEST_PADDED_BLOCK}"
             )
         rows, cols = block_grid((dense.shape[0], dense.shape[1]), (bh, bw))
         padded = torch.nn.functional.pad(dense.detach(), (0, cols * bw - dense.shape[1], 0, rows * bh - dense.shape[0]))
@@ -105,6 +121,11 @@ class BSRMatrix:
         """Move to a device, or cast the values to a dtype."""
         values = self.values.to(target)
         return BSRMatrix(self.crow_indices.to(values.device), self.col_indices.to(values.device), values, self.shape)
+
+
+def _kind(tensor: Tensor) -> str:
+    layout = str(tensor.layout).removeprefix("torch.")
+    return f"{layout} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def block_grid(shape: tuple[int, int], blocksize: tuple[int, int]) -> tuple[int, int]:

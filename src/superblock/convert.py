@@ -22,6 +22,7 @@ from superblock.residual import fuse_residuals
 from superblock.scaled import fuse_scaled
 from superblock.sequences import fuse_sequences
 from superblock.surgery import Fold, folds, folds_of, masked_weights
+from superblock.whole import whole
 
 Layer = TypeVar("Layer", bound=BSRWeight)
 ATTENTION_PARTS = {"in_proj_weight": "in_proj", "out_proj.weight": "out_proj"}
@@ -70,6 +71,9 @@ def to_bsr(model: nn.Module, blocksize: int | None = None) -> Report:
         block = blocksize or next(iter(owned.values()))[1].target.tile_size
         reason = _no_bsr_form(module, block) if layer else "it is the model itself: wrap it in a module"
         if reason is None:
+            for name, (weight, _) in owned.items():
+                if weight.is_meta:
+                    raise ModelError(f"{layer}.{name} is on the meta device, without values: load weights first")
             swaps[id(module)] = _with_hooks(_bsr_form(module, owned, blocksize, shared).train(module.training), module)
         for name, (weight, fold) in owned.items():
             form = swaps.get(id(module))
@@ -135,8 +139,9 @@ def check_block(blocksize: int | None, tile_size: int, name: str = "") -> None:
     """Raise :class:`ConfigError` unless block and tile divide one another."""
     if blocksize is None:
         return
-    if blocksize < 1:
-        raise ConfigError(f"block size must be at least 1, got {blocksize}")
+    block = whole(blocksize)
+    if block is None or block < 1:
+        raise ConfigError(f"block size must be a whole number of at least 1, got {blocksize!r}")
     if blocksize % tile_size and tile_size % blocksize:
         where = f" of {name}" if name else ""
         raise ConfigError(f"block {blocksize} and tile {tile_size}{where} must divide one another: take equal ones")

@@ -189,6 +189,8 @@ def supermask_report(model: nn.Module) -> Report:
 def _initialized(site: WeightSite) -> Tensor:
     if is_lazy(site.weight):
         raise ModelError(f"{site.name} has no shape yet: run one batch through the model before masking it")
+    if site.weight.is_meta:
+        raise ModelError(f"{site.name} is on the meta device, without values: load weights before masking them")
     return site.weight
 
 
