@@ -10,6 +10,7 @@ from torch import nn
 
 from superblock import Supermask, TileSparsity
 from superblock import masks as masks_module
+from superblock.errors import ConfigError, ModelError
 from superblock.masks import live_tiles, mask_tiles, threshold, tile_grid, tile_of, tile_sums
 
 SHAPES = [(64, 32), (70, 50), (1, 7), (5, 3), (20, 12, 3, 3), (20, 1, 3, 3), (33, 17, 1, 1), (9, 8, 5)]
@@ -145,6 +146,31 @@ def test_scores_start_at_the_tiles_relative_magnitude() -> None:
     weight[:4, :4] = 3.0
     scores = Supermask(weight, TileSparsity(0.75, 4)).scores
     torch.testing.assert_close(scores / scores[1, 1], torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.tensor(1.0), torch.zeros(0, 4), torch.ones(4, 4, dtype=torch.int64), torch.ones(4, 4).cfloat()]
+)
+def test_a_weight_that_cannot_be_masked_is_refused(weight: torch.Tensor) -> None:
+    with pytest.raises(
+        ModelError, match="a mask needs a weight of floating point, of one dimension or more and not empty"
+    ):
+        Supermask(weight, TileSparsity(0.5, 2))
+
+
+def test_a_mask_is_of_one_shape() -> None:
+    mask = Supermask(torch.randn(64, 64), TileSparsity(0.5, 16))
+    for shape in ((32, 64), (64, 128), (64,)):
+        with pytest.raises(ModelError, match="the mask is of a weight of 64 × 64, got one of"):
+            mask(torch.randn(shape))
+
+
+def test_a_target_and_a_tile_that_cannot_be_meant_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the target must be a TileSparsity\(sparsity, tile_size\), got 0\.5"):
+        Supermask(torch.randn(8, 8), 0.5)  # type: ignore[arg-type]
+    for tile in ((0, 4), (-1, 4), (4,), (4, 4, 4), (4, 4.0), 4, "44"):
+        with pytest.raises(ConfigError, match="a tile of this weight is 2 whole numbers of at least 1, got"):
+            Supermask(torch.randn(8, 8), TileSparsity(0.5, 4), tile=tile)  # type: ignore[arg-type]
 
 
 def test_frozen_scores_get_no_gradient() -> None:

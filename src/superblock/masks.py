@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from superblock.config import TileSparsity
+from superblock.errors import ConfigError, ModelError
+from superblock.whole import all_whole
 
 Tile = tuple[int, ...]
 
@@ -145,6 +147,22 @@ class _StraightThrough(torch.autograd.Function):
         return grad_weight, grad_scores, None, None
 
 
+def _check(weight: Tensor, target: TileSparsity, tile: Tile | None) -> None:
+    if weight.dim() == 0 or weight.numel() == 0 or not weight.is_floating_point():
+        raise ModelError(
+            f"a mask needs a weight of floating point, of one dimension or more and not empty, "
+            f"got {weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    if not isinstance(target, TileSparsity):
+        raise ConfigError(f"the target must be a TileSparsity(sparsity, tile_size), got {target!r}")
+    if tile is not None and all_whole(tile, weight.dim()) is None:
+        raise ConfigError(f"a tile of this weight is {weight.dim()} whole numbers of at least 1, got {tile!r}")
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
 class Supermask(nn.Module):
     """A parametrization that zeroes all tiles of a weight but those with the highest scores.
 
@@ -157,12 +175,17 @@ class Supermask(nn.Module):
         target: the sparsity and the tile's side.
         tile: the tile's extent in every dimension, where it is not square over outputs and inputs.
         keep_ties: let every tile live that ties with the threshold.
+
+    Raises:
+        ModelError: a weight that is empty, a single number or not of floating point, or, when called, of another shape.
+        ConfigError: a target that is no :class:`TileSparsity`, or a tile that does not fit the weight's rank.
     """
 
     def __init__(
         self, weight: Tensor, target: TileSparsity, *, tile: Tile | None = None, keep_ties: bool = False
     ) -> None:
         super().__init__()
+        _check(weight, target, tile)
         self.shape = tuple(weight.shape)
         self.target = target
         self.tile = tile or tile_of(weight.shape, target.tile_size)
@@ -173,6 +196,8 @@ class Supermask(nn.Module):
         self._cache: tuple[Any, ...] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
+        if weight.shape != self.shape:
+            raise ModelError(f"the mask is of a weight of {_times(self.shape)}, got one of {_times(weight.shape)}")
         return _StraightThrough.apply(weight, self.scores, self.mask().to(weight.dtype), self.tile)
 
     def mask(self) -> Tensor:
