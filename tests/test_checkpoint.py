@@ -13,7 +13,7 @@ from torch import nn
 
 import superblock as sb
 from superblock.checkpoint import describe
-from superblock.errors import CheckpointError, ModelError
+from superblock.errors import CheckpointError, ConfigError, ModelError
 
 LINEAR = sb.SupermaskConfig(linear=sb.TileSparsity(0.75, 8))
 EVERYTHING = sb.SupermaskConfig(
@@ -124,6 +124,21 @@ def test_masks_must_be_folded_first(tmp_path: Path) -> None:
     sb.apply_supermask(model, LINEAR)
     with pytest.raises(ModelError, match="the masks are not folded yet: call sparsify_weights before save"):
         sb.save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["format", "version", "layers", "aliases"])
+def test_the_files_own_names_are_not_descriptions(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is a name of the file's own \(format, version, layers, aliases\)"):
+        sb.save(converted(Transformer), tmp_path / "model.safetensors", **{name: 7})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_description_is_json(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="note cannot be stored as JSON: Object of type Tensor is not JSON serializable"
+    ):
+        sb.save(converted(Transformer), tmp_path / "model.safetensors", note=torch.zeros(1))
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from superblock.bsr import BSRMatrix
 from superblock.convert import dense_linear, fuse, share
-from superblock.errors import CheckpointError, MatrixError, ModelError
+from superblock.errors import CheckpointError, ConfigError, MatrixError, ModelError
 from superblock.files import write_atomically
 from superblock.nn import BSRConv2d, BSRLinear, BSRMultiheadAttention, BSRWeight, FoldedBatchNorm
 from superblock.surgery import masked_weights
@@ -31,6 +31,7 @@ def save(model: nn.Module, path: str | Path, **description: Any) -> None:
 
     Raises:
         ModelError: the model still has masks.
+        ConfigError: a description that JSON cannot hold, or under a name of the file's own.
         CheckpointError: the file cannot be written.
     """
     from safetensors.torch import save_file  # Here and below: products need no file format.
@@ -47,8 +48,8 @@ def save(model: nn.Module, path: str | Path, **description: Any) -> None:
             kept[id(tensor)] = key
             tensors[key] = tensor.detach().contiguous()
     layers = {name: _describe(module) for name, module in model.named_modules() if _describe(module)}
-    content = {"format": FORMAT, "version": VERSION, **description, "layers": layers, "aliases": aliases}
-    metadata = {"format": "pt", FORMAT: json.dumps(content)}
+    own = {"format": FORMAT, "version": VERSION, "layers": layers, "aliases": aliases}
+    metadata = {"format": "pt", FORMAT: _as_json(own, description)}
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata))
 
 
@@ -127,6 +128,20 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     if problems:
         raise CheckpointError(f"{source} is of another model than {type(model).__name__}: keys {'; '.join(problems)}")
     model.load_state_dict(state)
+
+
+def _as_json(own: dict[str, Any], description: dict[str, Any]) -> str:
+    for name, value in description.items():
+        if name in own:
+            raise ConfigError(f"{name} is a name of the file's own ({', '.join(own)}): describe it by another")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"{name} cannot be stored as JSON: {reason}: give numbers, strings, lists, dicts"
+            ) from error
+    return json.dumps({**own, **description})
 
 
 def _build(path: str | Path, content: dict[str, Any]) -> nn.Module:
