@@ -101,6 +101,39 @@ def test_the_models_dtype_wins(build: type, saved: str, wanted: str, tmp_path: P
         assert torch.equal(state[key], expected), key
 
 
+def test_layers_that_share_their_values_round_trip(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+        model[2].weight = model[0].weight
+        return model
+
+    model = converted(build)
+    sb.save(model, tmp_path / "model.safetensors")
+    loaded = sb.load(tmp_path / "model.safetensors", build().bfloat16())
+    assert loaded[0].values is loaded[2].values
+    assert torch.equal(loaded[0].values, model[2].values.bfloat16())
+    assert torch.equal(loaded[2].bias, model[2].bias.bfloat16())
+
+
+def test_a_bias_that_others_hold_stays_theirs(tmp_path: Path) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Linear(16, 16)
+            self.bias = self.decoder.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.decoder(x)
+            return y
+
+    model = converted(Head)
+    assert model.decoder.bias is model.bias
+    sb.save(model, tmp_path / "model.safetensors")
+    loaded = sb.load(tmp_path / "model.safetensors", Head())
+    assert loaded.decoder.bias is loaded.bias
+    assert torch.equal(loaded.bias, model.bias)
+
+
 def test_the_file_is_near_density_times_dense(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(512, 512, bias=False))

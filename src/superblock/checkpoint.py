@@ -194,6 +194,8 @@ def _install(model: nn.Module, name: str, layers: dict[str, Any], tensors: dict[
         raise CheckpointError(f"{path} is damaged: {name} cannot be rebuilt: {error}") from error
     if isinstance(new, FoldedBatchNorm):
         _take_bias(parent.get_submodule(new.into))
+    if isinstance(new, BSRWeight) and new.bias is not None and isinstance(old, (nn.Linear, nn.Conv2d)):
+        new.bias = new.bias if old.bias is None else old.bias  # Which may be tied.
     if (like := next((tensor for tensor in old.parameters()), None)) is not None:
         new.to(like.device, like.dtype if like.is_floating_point() else None)
     new.train(old.training)

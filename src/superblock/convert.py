@@ -214,8 +214,8 @@ def _bsr_form(
         if twin is None:
             layer = BSRLinear(BSRMatrix.from_dense(weight, block(name)), bias)
             shared[id(weight)] = layer
-            return _as_trainable(layer, weight)
-        layer = BSRLinear(twin.matrix, bias)
+            return _like(layer, weight, bias)
+        layer = _like(BSRLinear(twin.matrix, bias), weight, bias)
         share(layer, twin)
         return layer
 
@@ -239,7 +239,7 @@ def _bsr_form(
             module.dilation,  # type: ignore[arg-type]
             module.groups,
         )
-        return _as_trainable(conv, module.weight)
+        return _like(conv, module.weight, module.bias)
     assert isinstance(module, nn.Linear)  # By `_no_bsr_form`.
     return linear("weight", module.bias)
 
@@ -258,9 +258,11 @@ def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _as_trainable(layer: Layer, weight: Tensor) -> Layer:
-    """``layer`` with its values as trainable as the dense weight was."""
+def _like(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
+    """``layer`` with its values as trainable as the dense weight was, and with the bias itself: it may be tied."""
     layer.values.requires_grad_(weight.requires_grad)
+    if isinstance(bias, nn.Parameter):
+        layer.bias = bias
     return layer
 
 
