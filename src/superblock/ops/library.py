@@ -136,7 +136,7 @@ def check_alike(x: Tensor, **others: Tensor | None) -> None:
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise BackendError(
                     "block-sparse products have no forward-mode derivatives, got a dual tensor: "
-                    "take derivatives backward (torch.autograd.grad, torch.func.vjp)"
+                    "take derivatives backward, by torch.autograd.grad"
                 )
     for name, tensor in others.items():
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
