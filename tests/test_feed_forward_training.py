@@ -115,6 +115,20 @@ def test_preactivations_that_do_not_fit_are_refused() -> None:
         cpu.feed_forward_with_preactivation(torch.zeros(2, 32), first, "relu", (*second[:5], 48), None)
 
 
+@needs_core
+@pytest.mark.parametrize("tokens", [3, 200])  # In two steps, and as one.
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_preactivations_of_another_dtype_are_refused(tokens: int, dtype: torch.dtype) -> None:
+    first, second = chain(32, 64, 32, (16, 16), (16, 16), torch.float32)
+    grad, z = torch.zeros(tokens, 32), torch.zeros(tokens, 64, dtype=dtype)
+    with pytest.raises(MatrixError, match=rf"expected \[..., 64\] of .*{dtype}"):
+        cpu.feed_forward_gradient(grad, z, first, "gelu", second)
+    with pytest.raises(MatrixError, match=rf"expected \[..., 64\] of {dtype} on cpu, got .* of torch.float32 on cpu"):
+        cpu.activation_gradient(z.float(), z, "gelu")
+    with pytest.raises(MatrixError, match=rf"expected \[..., 64\] of torch.float32 on cpu, got .* of {dtype} on cpu"):
+        cpu.grad_values(grad, z, *second[1:3], 32, 64, 16, 16, "gelu")
+
+
 def arguments(activation: str, dtype: torch.dtype = torch.float32, block: int = 8, tokens: int = 6):
     """``x`` to ``residual``, with the sizes and the activation."""
     parts = []

@@ -63,15 +63,16 @@ def of_feed_forward(
     grad: Tensor, z: Tensor, first: Weight, activation: str, second: Weight
 ) -> tuple[ctypes.Structure, Tensor, Tensor, Tensor]:
     """``dx = dz W₁``, ``dz = dy W₂ · act'(z)`` and ``db₁``, the sum of ``dz``."""
-    rows, z = rows_of(grad, second[4], first[0].dtype), z.contiguous()
+    dtype = first[0].dtype
+    rows, preactivations = rows_of(grad, second[4], dtype), rows_of(z, first[4], dtype).contiguous()
     inner = product_of(prepare(*second[:3], None, second[4:], "none").transposed, len(rows))
-    dz, dbias = torch.empty_like(z), z.new_empty(first[4])
+    dz, dbias = z.new_empty(z.shape), z.new_empty(first[4])
     inner.activation = native.ACTIVATIONS[activation]
     inner.preactivation, inner.y_stride = dz.data_ptr(), first[4]
     inner.x, inner.x_stride = rows.data_ptr(), rows.stride(0)
     outer = product_of(prepare(*first[:3], None, first[4:], "none").transposed, len(rows))
     dx = grad.new_empty(*grad.shape[:-1], first[5])
     outer.y, outer.y_stride = dx.data_ptr(), first[5]
-    whole = native.FeedForward(inner, outer, z.data_ptr(), dbias.data_ptr())
-    whole.alive = rows, z, inner.alive, outer.alive
+    whole = native.FeedForward(inner, outer, preactivations.data_ptr(), dbias.data_ptr())
+    whole.alive = rows, preactivations, inner.alive, outer.alive
     return whole, dx, dz, dbias
