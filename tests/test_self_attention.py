@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from superblock import BSRMatrix
 from superblock.errors import MatrixError
-from superblock.nn import BSRLinear
+from superblock.nn import BSRLinear, BSRMultiheadAttention
 from superblock.ops import cpu, reference
 from superblock.ops.arguments import Weight
 from superblock.ops.attention import attention
@@ -135,6 +135,31 @@ def test_weights_of_two_dtypes_are_refused() -> None:
     second = (second[0].bfloat16(), *second[1:3], second[3].bfloat16(), *second[4:])
     with pytest.raises(MatrixError, match=r"one dtype, got torch\.float32 and torch\.bfloat16"):
         cpu.self_attention(torch.randn(2, 40, 32), None, first, second, 2)
+
+
+@pytest.mark.parametrize("heads", [0, -1, -4, 3, 64, 2**40])
+def test_heads_that_do_not_divide_the_features_are_refused(heads: int) -> None:
+    first, second = weights(32, 16, torch.float32)
+    x = torch.randn(2, 5, 32)
+    message = rf"num_heads must be at least 1 and divide the 32 features of all heads, got {heads}"
+    for device in ("cpu", "meta"):
+        tensors = [tensor.to(device) for tensor in (x, *first[:4], *second[:4])]
+        with pytest.raises(MatrixError, match=message):
+            torch.ops.superblock.self_attention(tensors[0], None, None, None, *tensors[1:], heads, 32)
+    into, out = (
+        BSRLinear(BSRMatrix(crow, col, values, sizes), bias) for values, crow, col, bias, *sizes in (first, second)
+    )
+    with torch.no_grad(), pytest.raises(MatrixError, match=message):
+        attend_as_one(into, out, heads, None, x)
+    with pytest.raises(MatrixError, match=message):
+        BSRMultiheadAttention(into, out, heads)
+
+
+@pytest.mark.parametrize("shape", [(32,), (5, 32), (3, 2, 5, 32)])
+def test_the_op_refuses_all_but_sequences_of_tokens(shape: tuple[int, ...]) -> None:
+    first, second = weights(32, 16, torch.float32)
+    with pytest.raises(MatrixError, match=r"x must be \[sequences, tokens, features\], got \("):
+        torch.ops.superblock.self_attention(torch.randn(shape), None, None, None, *first[:4], *second[:4], 2, 32)
 
 
 def test_the_op_is_well_formed() -> None:

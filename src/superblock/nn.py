@@ -13,7 +13,7 @@ import superblock.ops.normalized  # noqa: F401  Registers the op.
 from superblock.bsr import BSRMatrix, dense_of
 from superblock.errors import ModelError
 from superblock.ops.arguments import Norm as Norm
-from superblock.ops.attention import attention
+from superblock.ops.attention import attention, check_heads
 from superblock.ops.conv2d import bsr_conv2d
 from superblock.ops.convolution import dense_kernel
 from superblock.ops.cpu_conv2d import Turns
@@ -310,6 +310,7 @@ class BSRMultiheadAttention(nn.Module):
         self, in_proj: nn.Module, out_proj: nn.Module, num_heads: int, dropout: float = 0.0, batch_first: bool = False
     ) -> None:
         super().__init__()
+        check_heads(num_heads, out_proj.in_features)  # type: ignore[arg-type]
         self.in_proj = in_proj
         self.out_proj = out_proj
         self.num_heads = num_heads

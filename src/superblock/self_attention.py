@@ -11,6 +11,7 @@ from superblock.nn import BSRLinear
 from superblock.normalized import norm_of
 from superblock.ops import cpu, direct
 from superblock.ops.arguments import Norm, Weight
+from superblock.ops.attention import check_heads
 from superblock.ops.prepared import Chain
 
 
@@ -51,7 +52,8 @@ def _plan(
     if type(in_proj) is not BSRLinear or type(out_proj) is not BSRLinear or x.dim() != 3:
         return None
     inner, hidden = out_proj.in_features, out_proj.out_features
-    fits = in_proj.out_features == 3 * inner and in_proj.in_features == hidden == x.shape[-1] and inner % num_heads == 0
+    check_heads(num_heads, inner)
+    fits = in_proj.out_features == 3 * inner and in_proj.in_features == hidden == x.shape[-1]
     plain = in_proj.activation == out_proj.activation == "none" and not watched(in_proj, out_proj)
     if not fits or not plain:
         return None

@@ -26,6 +26,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropo
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
+def check_heads(num_heads: int, features: int) -> None:
+    """Raise :class:`MatrixError` unless so many features are those of so many heads."""
+    if num_heads < 1 or features < 1 or features % num_heads:
+        raise MatrixError(
+            f"num_heads must be at least 1 and divide the {features} features of all heads, got {num_heads}"
+        )
+
+
 def _supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         q.device.type == "cpu"

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from superblock.errors import MatrixError
 from superblock.ops import backends, library
-from superblock.ops.attention import attention
+from superblock.ops.attention import attention, check_heads
 
 _WEIGHT = library.NUMBERED_WEIGHT
 library._lib.define(
@@ -33,6 +34,7 @@ def _compute(
     num_heads: int,
     inner_features: int,
 ) -> Tensor:
+    _check(x, num_heads, inner_features)
     features = x.shape[-1]
     first = (values1, crow1, col1, bias1, 3 * inner_features, features)
     second = (values2, crow2, col2, bias2, features, inner_features)
@@ -51,7 +53,14 @@ def _compute(
     return y
 
 
+def _check(x: Tensor, num_heads: int, inner_features: int) -> None:
+    if x.dim() != 3:
+        raise MatrixError(f"x must be [sequences, tokens, features], got {tuple(x.shape)}")
+    check_heads(num_heads, inner_features)
+
+
 def _fake(x: Tensor, *rest: Any) -> Tensor:
+    _check(x, *rest[-2:])
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
