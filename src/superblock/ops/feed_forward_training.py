@@ -193,7 +193,7 @@ def _register() -> None:
         ("bias_gradient", _bias_gradient, _bias_gradient_fake),
     ):
         _lib.impl(name, compute, "CPU")
-        torch.library.register_fake(f"superblock::{name}", fake, lib=_lib)
+        library.register_fake(name, fake)
     torch.library.register_autograd(
         "superblock::feed_forward_with_preactivation", gradients, setup_context=keep, lib=_lib
     )

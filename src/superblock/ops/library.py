@@ -324,6 +324,18 @@ def _activation_gradient_fake(grad: Tensor, z: Tensor, activation: str) -> tuple
     return torch.empty_like(z, memory_format=torch.contiguous_format), z.new_empty(z.shape[-1])
 
 
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """The shape of what an op computes, which is all that torch asks for where one of the tensors is on ``meta``."""
+
+    def shape(*arguments: Any) -> Any:
+        devices = sorted({str(each.device) for each in arguments if isinstance(each, Tensor)})
+        if len(devices) > 1:  # What the others ask for would be returned as memory that nothing has written.
+            raise MatrixError(f"{name} takes tensors of one device, got {' and '.join(devices)}")
+        return fake(*arguments)
+
+    torch.library.register_fake(f"superblock::{name}", shape, lib=_lib)
+
+
 def register(
     name: str,
     compute: Callable[..., Any],
@@ -333,13 +345,13 @@ def register(
 ) -> None:
     """An op that the library defines: what it computes, the shape of that, and its gradients."""
     _lib.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"superblock::{name}", fake, lib=_lib)
+    register_fake(name, fake)
     torch.library.register_autograd(f"superblock::{name}", backward, setup_context=context, lib=_lib)
 
 
 def _register() -> None:
     _lib.impl("activation_gradient", _activation_and_bias_gradients, "CompositeExplicitAutograd")
-    torch.library.register_fake("superblock::activation_gradient", _activation_gradient_fake, lib=_lib)
+    register_fake("activation_gradient", _activation_gradient_fake)
     rows = (
         ("bsr_linear", _linear, _linear_fake, _linear_context, _linear_backward),
         (

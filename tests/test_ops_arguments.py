@@ -1,0 +1,111 @@
+"""What the ops say of arguments that do not fit, whoever calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import superblock.feed_forward
+import superblock.self_attention  # noqa: F401  Both register their ops.
+from superblock import BSRMatrix
+from superblock.errors import MatrixError
+
+ops = torch.ops.superblock
+
+
+def weight(out_features: int, in_features: int) -> dict[str, Tensor]:
+    matrix = BSRMatrix.from_dense(torch.ones(out_features, in_features), 8)
+    return {"values": matrix.values, "crow_indices": matrix.crow_indices, "col_indices": matrix.col_indices}
+
+
+def indices_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "values"}
+
+
+def numbered(number: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}{number}": tensor for name, tensor in tensors.items()}
+
+
+def arguments(op: str) -> dict[str, Any]:
+    """Arguments that the op takes, by name."""
+    bare = weight(16, 32)
+    full, sizes = {**bare, "bias": torch.ones(16)}, {"out_features": 16, "in_features": 32}
+    x, z, grad = torch.ones(5, 32), torch.ones(5, 16), torch.ones(5, 16)
+    indices, sides = indices_of(bare), {"block_height": 8, "block_width": 8}
+    up, down = weight(24, 32), weight(16, 24)
+    both = {
+        **numbered(1, {**up, "bias": torch.ones(24)}),
+        **numbered(2, {**down, "bias": torch.ones(16)}),
+        "residual": torch.ones(5, 16),
+    }
+    chained = {"in_features": 32, "hidden_features": 24, "out_features": 16}
+    norm = {"norm_weight": torch.ones(32), "norm_bias": torch.ones(32), "epsilon": 1e-5}
+    heads = torch.ones(1, 2, 5, 8)
+    images, kernel = torch.ones(1, 8, 6, 6), weight(8, 9 * 8)
+    geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    convolved = torch.ones(1, 8, 4, 4)
+    return {
+        "bsr_linear": {"x": x, **full, "residual": z, **sizes, "activation": "relu"},
+        "bsr_linear_with_preactivation": {"x": x, **full, **sizes, "activation": "relu"},
+        "bsr_linear_normalized": {"x": x, **norm, **full, "residual": z, **sizes, "activation": "relu"},
+        "bsr_grad_input": {"grad": grad, **bare, **sizes},
+        "bsr_grad_values": {"grad": grad, "x": x, **indices, **sizes, **sides},
+        "bsr_grad_values_activated": {"grad": grad, "z": x, **indices, **sizes, **sides, "activation": "relu"},
+        "activation_gradient": {"grad": grad, "z": z, "activation": "relu"},
+        "bias_gradient": {"grad": grad},
+        "feed_forward": {"x": x, **both, **norm, **chained, "activation": "relu"},
+        "feed_forward_with_preactivation": {"x": x, **both, **chained, "activation": "relu"},
+        "feed_forward_gradient": {
+            "grad": grad, "z": torch.ones(5, 24),
+            **numbered(1, up),
+            **numbered(2, down),
+            **chained,
+            "activation": "relu",
+        },
+        "attention": {"q": heads, "k": heads, "v": heads},
+        "self_attention": {
+            "x": torch.ones(1, 5, 32), **norm,
+            **numbered(1, {**weight(48, 32), "bias": torch.ones(48)}),
+            **numbered(2, {**weight(32, 16), "bias": torch.ones(32)}),
+            "num_heads": 2, "inner_features": 16,
+        },
+        "bsr_conv2d": {
+            "x": images, **kernel, "bias": torch.ones(8), "residual": convolved,
+            "kernel_shape": (8, 8, 3, 3), **geometry, "activation": "relu",
+        },
+        "bsr_conv2d_grad_input": {
+            "grad": convolved, **kernel, "kernel_shape": (8, 8, 3, 3), "size": (6, 6), **geometry,
+        },
+        "bsr_conv2d_grad_values": {
+            "grad": convolved, "x": images, **indices_of(kernel),
+            "kernel_shape": (8, 8, 3, 3), **geometry, **sides,
+        },
+    }[op]  # fmt: skip
+
+
+def call(op: str, changes: dict[str, Any]) -> Any:
+    return getattr(ops, op)(**{**arguments(op), **changes})
+
+
+def names_of(op: str) -> list[str]:
+    return [name for name, value in arguments(op).items() if isinstance(value, Tensor)]
+
+
+OPS = [
+    "bsr_linear", "bsr_linear_with_preactivation", "bsr_linear_normalized", "bsr_grad_input", "bsr_grad_values",
+    "bsr_grad_values_activated", "activation_gradient", "bias_gradient", "feed_forward",
+    "feed_forward_with_preactivation", "feed_forward_gradient", "attention", "self_attention", "bsr_conv2d",
+    "bsr_conv2d_grad_input", "bsr_conv2d_grad_values",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_takes_tensors_of_one_device_alone(op: str) -> None:
+    call(op, {})
+    call(op, {name: arguments(op)[name].to("meta") for name in names_of(op)})
+    for name in names_of(op) if len(names_of(op)) > 1 else ():
+        with pytest.raises(MatrixError, match=f"{op} takes tensors of one device, got cpu and meta"):
+            call(op, {name: arguments(op)[name].to("meta")})
