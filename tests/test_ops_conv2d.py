@@ -193,6 +193,13 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
         ({"stride": (0, 1)}, MatrixError, r"stride must be two numbers of at least 1, got \(0, 1\)"),
         ({"dilation": (-1, -1)}, MatrixError, r"dilation must be two numbers of at least 1, got \(-1, -1\)"),
         ({"padding": (0, -1)}, MatrixError, r"padding must be two numbers of at least 0, got \(0, -1\)"),
+        (
+            {"stride": (1, 2**31)},
+            MatrixError,
+            r"stride must be two numbers of at most 2147483647, got \(1, 2147483648\)",
+        ),
+        ({"dilation": (2**33, 1)}, MatrixError, "dilation must be two numbers of at most 2147483647"),
+        ({"padding": (2**40, 1)}, MatrixError, "padding must be two numbers of at most 2147483647"),
         ({"activation": "tanh"}, ConfigError, "activation must be one of none, relu, gelu, gelu_tanh, silu"),
     ],
 )
@@ -222,6 +229,25 @@ def test_results_can_be_changed_in_place(kernel: int) -> None:
     gradient, x.grad = x.grad, None
     F.relu(F.conv2d(x, weight, padding=1)).sum().backward()
     torch.testing.assert_close(gradient, x.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("stride", [(4, 1), (3, 50), (5000, 5000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 2), (9, 1)])
+def test_pixels_between_wide_steps_have_no_gradient(
+    stride: tuple[int, int], dilation: int, padding: tuple[int, int]
+) -> None:
+    dense, x = torch.randn(16, 8, 3, 2), torch.randn(2, 8, 9, 7, requires_grad=True)
+    matrix = matrix_of(dense, 8)
+    step = tuple(min(one, 30) for one in stride)  # All the same to images of this size.
+    y = F.conv2d(x, dense, None, step, padding, dilation)
+    grad = torch.randn_like(y)
+    dx = torch.ops.superblock.bsr_conv2d_grad_input(
+        grad, matrix.values, matrix.crow_indices, matrix.col_indices,
+        dense.shape, x.shape[2:], stride, padding, (dilation, dilation), 1,
+    )  # fmt: skip
+    torch.testing.assert_close(dx, torch.autograd.grad(y, x, grad)[0])
 
 
 @pytest.mark.parametrize("name", ["bsr_conv2d_grad_input", "bsr_conv2d_grad_values"])

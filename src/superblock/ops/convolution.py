@@ -15,6 +15,7 @@ from superblock.errors import MatrixError
 KernelShape = Sequence[int]  # out, channels a group, height, width
 Pair = tuple[int, int]
 Geometry = tuple[KernelShape, Pair, Pair, Pair, int]  # Kernel, stride, padding, dilation, groups.
+MOST = 2**31 - 1  # Of any size: no sum or product of two of them leaves 64 bits.
 
 
 def matrix_of(kernel: Tensor, blocksize: int | tuple[int, int]) -> BSRMatrix:
@@ -64,6 +65,8 @@ def output_size(
     ):
         if len(sides) != 2 or min(sides) < least:
             raise MatrixError(f"{name} must be two numbers of at least {least}, got {tuple(sides)}")
+        if max(sides) > MOST:
+            raise MatrixError(f"{name} must be two numbers of at most {MOST}, got {tuple(sides)}")
     height, width = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
     return height, width
 

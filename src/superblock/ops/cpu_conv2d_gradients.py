@@ -36,6 +36,8 @@ def conv2d_grad_input(
     """
     out_channels, channels, *kernel = kernel_shape
     _check_grad(grad, values.dtype, out_channels, output_size(size, kernel, stride, padding, dilation))
+    # No step leads further than past the image; torch takes its time over one that does.
+    stride = min(stride[0], size[0] + 2 * padding[0]), min(stride[1], size[1] + 2 * padding[1])
     if groups != 1 or any(step > 1 and spread > 1 for step, spread in zip(stride, dilation, strict=True)):
         return reference.conv2d_grad_input(
             grad, values, crow_indices, col_indices, kernel_shape, size, stride, padding, dilation, groups
@@ -43,13 +45,14 @@ def conv2d_grad_input(
     shape = out_channels, row_length(kernel_shape, values.shape[2])
     prepared = prepare(values, crow_indices, col_indices, None, shape, "none")
     grad, dx = images_of(grad), channels_last((len(grad), channels, *size), grad)
-    for down, right in itertools.product(*map(range, stride)):
+    firsts = [_firsts(*each) for each in zip(kernel, stride, padding, size, strict=True)]
+    if any(len(seen) < min(sides) for seen, *sides in zip(firsts, stride, size, strict=True)):
+        dx.zero_()
+    for down, right in itertools.product(*firsts) if dx.numel() else ():
         part = dx[:, :, down :: stride[0], right :: stride[1]]
-        seen = [_places(*each) for each in zip((down, right), kernel, stride, padding, dilation, strict=True)]
-        if not part.numel() or not all(places for places, _ in seen):
-            part.zero_()
-            continue
-        (rows, top), (columns, left) = seen
+        (rows, top), (columns, left) = (
+            _places(*each) for each in zip((down, right), kernel, stride, padding, dilation, strict=True)
+        )
         sizes, turn = (len(rows), len(columns)), [-1] * math.prod(kernel)
         for (i, row), (j, column) in itertools.product(enumerate(reversed(rows)), enumerate(reversed(columns))):
             turn[row * kernel[1] + column] = i * sizes[1] + j
@@ -63,6 +66,12 @@ def conv2d_grad_input(
         if y is not part:
             part.copy_(y)
     return dx
+
+
+def _firsts(kernel: int, stride: int, padding: int, size: int) -> list[int]:
+    """Along one axis: the first of every run of pixels, a stride apart, that any place of the kernel sees."""
+    firsts = ((place - padding) % stride for place in range(min(kernel, stride)))
+    return [first for first in firsts if first < size]
 
 
 def _places(first: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[range, int]:
