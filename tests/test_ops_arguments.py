@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from native_cases import needs_core
 from torch import Tensor
 
 import superblock.feed_forward
 import superblock.self_attention  # noqa: F401  Both register their ops.
-from superblock import BSRMatrix
+from superblock import BSRMatrix, bsr_linear
 from superblock.errors import MatrixError
+from superblock.ops.conv2d import bsr_conv2d
 
 ops = torch.ops.superblock
 
@@ -109,3 +111,26 @@ def test_every_op_takes_tensors_of_one_device_alone(op: str) -> None:
     for name in names_of(op) if len(names_of(op)) > 1 else ():
         with pytest.raises(MatrixError, match=f"{op} takes tensors of one device, got cpu and meta"):
             call(op, {name: arguments(op)[name].to("meta")})
+
+
+@needs_core
+@pytest.mark.parametrize("op", OPS)
+def test_freed_tensors_are_not_read(op: str) -> None:
+    for name in set(names_of(op)) & {"x", "grad", "z", "residual", "norm_weight", "norm_bias", "q", "k", "v"}:
+        freed = arguments(op)[name].clone()
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(MatrixError, match=r"expected tensors with data, got \(.*\) whose storage is empty"):
+            call(op, {name: freed})
+
+
+@needs_core
+def test_freed_tensors_are_not_read_on_the_short_way() -> None:
+    freed, images = torch.ones(5, 32), torch.ones(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    matrix, sizes = BSRMatrix(shape=(16, 32), **weight(16, 32)), (8, 8, 3, 3)
+    for tensor in (freed, images):
+        tensor.untyped_storage().resize_(0)
+    with torch.inference_mode():
+        with pytest.raises(MatrixError, match="whose storage is empty"):
+            bsr_linear(freed, matrix)
+        with pytest.raises(MatrixError, match="whose storage is empty"):
+            bsr_conv2d(images, **weight(8, 72), bias=None, residual=None, kernel_shape=sizes)

@@ -41,12 +41,22 @@ def dense_blocks(values: Tensor) -> Tensor:
     return values.contiguous()
 
 
+def check_data(*tensors: Tensor | None) -> None:
+    """Raise :class:`MatrixError` unless all elements lie in memory: a storage may have been freed."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.data_ptr() and tensor.numel():
+            raise MatrixError(
+                f"expected tensors with data, got {tuple(tensor.shape)} whose storage is empty: fill it first"
+            )
+
+
 def rows_of(x: Tensor, features: int, dtype: torch.dtype) -> Tensor:
     """``[tokens, features]`` with a dense last dimension; a view wherever one exists."""
     if x.shape[-1] != features or x.dtype != dtype or not x.is_cpu:
         raise MatrixError(
             f"expected [..., {features}] of {dtype} on cpu, got {tuple(x.shape)} of {x.dtype} on {x.device}"
         )
+    check_data(x)
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), features)
     return rows if rows.stride(1) == 1 or features == 1 else rows.contiguous()
 
@@ -68,6 +78,7 @@ def norm_of(norm: Norm, features: int, dtype: torch.dtype) -> ctypes.Structure:
                 f"the norm's {name} must be [{features}] of {dtype} on cpu, "
                 f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
             )
+    check_data(weight, bias)
     dense = [None if tensor is None else tensor.resolve_neg().contiguous() for tensor in (weight, bias)]
     made = native.Norm(*(0 if tensor is None else tensor.data_ptr() for tensor in dense), epsilon, True)
     made.alive = dense

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from superblock.errors import MatrixError
 from superblock.ops import library, native
-from superblock.ops.arguments import check
+from superblock.ops.arguments import check, check_data
 
 MULTIPLE = 8
 
@@ -51,6 +51,7 @@ def _compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise MatrixError(
             f"attention takes [n, heads, tokens, d] of one dtype, d a multiple of {MULTIPLE}, got {shapes}"
         )
+    check_data(q, k, v)
     if native.missing() is not None:  # Asked here, not above: a graph must not look at files while it is traced.
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
     batch, heads, queries, features = q.shape

@@ -13,7 +13,7 @@ from torch import Tensor, get_num_threads
 
 from superblock.errors import MatrixError
 from superblock.ops import cpu_gradients, native
-from superblock.ops.arguments import Norm, UnsupportedError, Weight, check, residual_rows, rows_of
+from superblock.ops.arguments import Norm, UnsupportedError, Weight, check, check_data, residual_rows, rows_of
 from superblock.ops.cpu_conv2d import conv2d as conv2d
 from superblock.ops.cpu_conv2d_gradients import conv2d_grad_input as conv2d_grad_input
 from superblock.ops.cpu_conv2d_gradients import conv2d_grad_values as conv2d_grad_values
@@ -59,9 +59,12 @@ def multiply(
             residual = residual_rows(residual, tokens, prepared.out_features, prepared.dtype)
             added_stride = residual.stride(0)
         added = residual.data_ptr()
+    address = rows.data_ptr()
+    if not address or (residual is not None and not added):  # There are no tokens, or they were freed.
+        check_data(rows, residual)
     z = 0 if preactivation is None else preactivation.data_ptr()
     status = prepared.run(
-        pack_rows(rows.data_ptr(), added, y.data_ptr(), z, tokens, stride, added_stride, get_num_threads(), sequences)
+        pack_rows(address, added, y.data_ptr(), z, tokens, stride, added_stride, get_num_threads(), sequences)
     )
     if status:
         check(status)

@@ -12,7 +12,7 @@ from torch import Tensor, get_num_threads
 
 from superblock.errors import MatrixError
 from superblock.ops import native
-from superblock.ops.arguments import check, residual_rows
+from superblock.ops.arguments import check, check_data, residual_rows
 from superblock.ops.convolution import Geometry, KernelShape, Pair, channels_last, output_size, row_length
 from superblock.ops.native import pack_rows, pack_step
 from superblock.ops.prepared import Prepared, prepare
@@ -106,7 +106,10 @@ def _images_and_windows(x: Tensor, weight: Values, geometry: Geometry, activatio
 
 def images_of(x: Tensor) -> Tensor:
     """The images with their channels side by side, which is all that the core asks for."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() == 4 and x.stride(1) != 1 else x
+    if x.dim() != 4 or x.stride(1) == 1:
+        return x
+    check_data(x)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def window_of(
@@ -170,11 +173,14 @@ def _rows_of(x: Tensor, y: Tensor, residual: Tensor | None, windows: Windows) ->
         if residual.shape != y.shape:
             raise MatrixError(f"residual must be {tuple(y.shape)}, as the result is, got {tuple(residual.shape)}")
         if residual.stride() != y.stride() or residual.dtype != y.dtype or not residual.is_cpu:
+            check_data(residual)
             residual = residual_rows(residual.movedim(1, -1), whole.tokens, out_channels, y.dtype)
             added_stride = residual.stride(0)
         added = residual.data_ptr()
-    at = x.data_ptr(), added, y.data_ptr(), 0
-    return (*at, whole.tokens, whole.x_stride, added_stride, get_num_threads(), 0), residual
+    address = x.data_ptr()
+    if not address or (residual is not None and not added):
+        check_data(x, residual)
+    return (address, added, y.data_ptr(), 0, whole.tokens, whole.x_stride, added_stride, get_num_threads(), 0), residual
 
 
 def _run_groups(windows: Windows, rows: tuple[int, ...], groups: int, element_size: int) -> None:

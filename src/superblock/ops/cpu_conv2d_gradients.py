@@ -11,7 +11,7 @@ from torch import Tensor, get_num_threads
 
 from superblock.errors import MatrixError
 from superblock.ops import native, reference
-from superblock.ops.arguments import check, indices_for, rows_of, weight_of
+from superblock.ops.arguments import check, check_data, indices_for, rows_of, weight_of
 from superblock.ops.convolution import KernelShape, Pair, channels_last, output_size, row_length
 from superblock.ops.cpu_conv2d import images_of, window_of
 from superblock.ops.prepared import prepare
@@ -103,6 +103,7 @@ def conv2d_grad_values(
         raise MatrixError(f"x must be [n, {channels * groups}, h, w] on cpu, got {tuple(x.shape)} on {x.device}")
     out_size = output_size(x.shape[2:], kernel, stride, padding, dilation)
     _check_grad(grad, x.dtype, out_channels, out_size)
+    check_data(x)
     if len(grad) != len(x):
         raise MatrixError(f"grad and x must have the same images, got {len(grad)} and {len(x)}")
     if groups != 1:
@@ -131,3 +132,4 @@ def _check_grad(grad: Tensor, dtype: Any, out_channels: int, out_size: tuple[int
             f"grad must be [n, {', '.join(map(str, expected))}] of {dtype} on cpu, "
             f"got {tuple(grad.shape)} of {grad.dtype} on {grad.device}"
         )
+    check_data(grad)

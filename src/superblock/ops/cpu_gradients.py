@@ -9,7 +9,7 @@ from torch import Tensor, get_num_threads
 
 from superblock.errors import MatrixError
 from superblock.ops import native
-from superblock.ops.arguments import Weight, indices_for, rows_of, weight_of
+from superblock.ops.arguments import Weight, check_data, indices_for, rows_of, weight_of
 from superblock.ops.prepared import prepare, product_of
 
 
@@ -33,6 +33,7 @@ def of_values(
 
 def of_activation(grad: Tensor, z: Tensor, activation: str) -> tuple[ctypes.Structure, Tensor, Tensor]:
     """``dz = dy · act'(z)`` and ``db``, its sum over the tokens."""
+    check_data(z)
     features = z.shape[-1]
     grads, rows = rows_of(grad, features, z.dtype), z.contiguous().view(-1, features)
     if len(grads) != len(rows):
