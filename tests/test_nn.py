@@ -122,6 +122,14 @@ def test_convolution(options: dict[str, Any]) -> None:
     torch.testing.assert_close(grad, dense.weight.grad * (dense.weight != 0), rtol=1e-3, atol=1e-3)
 
 
+def test_a_convolution_takes_its_geometry_as_torch_does() -> None:
+    dense = nn.Conv2d(16, 24, 3, 2, 1, 2)
+    layer = BSRConv2d(matrix_of(dense.weight, 8), dense.bias, 2, 1, "zeros", tuple(dense.weight.shape), 2)
+    assert (layer.stride, layer.padding, layer.dilation) == (dense.stride, dense.padding, dense.dilation)
+    x = torch.randn(2, 16, 9, 8)
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_convolution_tells_its_shape_and_survives_copies() -> None:
     dense = nn.Conv2d(16, 24, (3, 5), stride=2, padding=1)
     layer = sparse_convolution(dense, 8)

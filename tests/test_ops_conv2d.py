@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from native_cases import Seen, needs_core
 
 from superblock.errors import ConfigError, MatrixError
+from superblock.nn import BSRConv2d
 from superblock.ops import ACTIVATIONS
 from superblock.ops.conv2d import bsr_conv2d
 from superblock.ops.convolution import dense_kernel, matrix_of
@@ -229,6 +231,30 @@ def test_results_can_be_changed_in_place(kernel: int) -> None:
     gradient, x.grad = x.grad, None
     F.relu(F.conv2d(x, weight, padding=1)).sum().backward()
     torch.testing.assert_close(gradient, x.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_one_number_serves_height_and_width(graded: bool) -> None:
+    tensors, dense, _ = case_of(CASES[0], torch.float32)
+    tensors["x"].requires_grad_(graded)
+    y = bsr_conv2d(**tensors, residual=None, kernel_shape=tuple(dense.shape), stride=2, padding=1, dilation=2)
+    torch.testing.assert_close(y, F.conv2d(tensors["x"], dense, tensors["bias"], 2, 1, 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1,), "same", 1.5, None], ids=str)
+def test_all_but_one_or_two_numbers_are_refused(name: str, sizes: Any, graded: bool) -> None:
+    tensors, dense, geometry = case_of(CASES[0], torch.float32)
+    tensors["x"].requires_grad_(graded)
+    arguments = {**tensors, "residual": None, "kernel_shape": tuple(dense.shape), **geometry}
+    message = re.escape(f"{name} must be a number, or two for height and width, got {sizes!r}")
+    with pytest.raises(MatrixError, match=message):
+        bsr_conv2d(**{**arguments, name: sizes})
+    with pytest.raises(MatrixError, match=message):
+        BSRConv2d(matrix_of(dense, 8), kernel_shape=tuple(dense.shape), **{name: sizes})
+    with pytest.raises(MatrixError, match=rf"{name} must be two numbers of at least \d, got \(1\.5, 1\)"):
+        bsr_conv2d(**{**arguments, name: (1.5, 1)})
 
 
 @pytest.mark.usefixtures("nan_filled")

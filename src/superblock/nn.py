@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from superblock.errors import ModelError
 from superblock.ops.arguments import Norm as Norm
 from superblock.ops.attention import attention, check_heads
 from superblock.ops.conv2d import bsr_conv2d
-from superblock.ops.convolution import dense_kernel
+from superblock.ops.convolution import dense_kernel, pair_of
 from superblock.ops.cpu_conv2d import Turns
 from superblock.ops.layout import feature_major
 from superblock.ops.library import ACTIVATIONS, product
@@ -185,7 +185,8 @@ class BSRConv2d(BSRWeight):
 
     Args:
         weight: the kernel as the matrix that :func:`superblock.ops.convolution.matrix_of` makes of it.
-        padding: on both sides of height and width, or ``(left, right, top, bottom)``.
+        stride, dilation: one number for height and width, or one for each.
+        padding: likewise, on both sides, or ``(left, right, top, bottom)``.
         kernel_shape: ``(out, in / groups, kernel height, kernel width)``; by default a 1×1 kernel.
     """
 
@@ -195,19 +196,19 @@ class BSRConv2d(BSRWeight):
         self,
         weight: BSRMatrix,
         bias: Tensor | None = None,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, ...] = (0, 0),
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, ...] = 0,
         padding_mode: str = "zeros",
         kernel_shape: tuple[int, ...] | None = None,
-        dilation: tuple[int, int] = (1, 1),
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
     ) -> None:
         super().__init__(weight, bias)
-        self.stride = stride
-        self.padding = padding
+        self.stride = pair_of("stride", stride)
+        self.padding = padding if _has_four_sides(padding) else pair_of("padding", padding)
         self.padding_mode = padding_mode
         self.kernel_shape = kernel_shape or (*weight.shape, 1, 1)
-        self.dilation = dilation
+        self.dilation = pair_of("dilation", dilation)
         self.groups = groups
 
     @property
@@ -285,6 +286,10 @@ class BSRConv2d(BSRWeight):
         }
         told = ", ".join(f"{name}={value}" for name, value in shown.items())
         return f"{channels * self.groups}, {self.out_features}, {told}"
+
+
+def _has_four_sides(padding: int | tuple[int, ...]) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(padding, tuple | list) and len(padding) == 4
 
 
 class FoldedBatchNorm(nn.Identity):

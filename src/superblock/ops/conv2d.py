@@ -12,7 +12,7 @@ from torch import Tensor
 from superblock.errors import ConfigError, MatrixError
 from superblock.ops import conv2d_gradients, direct, library, reference  # noqa: F401  The gradients are ops.
 from superblock.ops.backends import select
-from superblock.ops.convolution import KernelShape, Pair, channels_last, output_size
+from superblock.ops.convolution import KernelShape, Pair, Sides, channels_last, output_size, pair_of
 
 _ops = torch.ops.superblock
 
@@ -30,9 +30,9 @@ def bsr_conv2d(
     bias: Tensor | None,
     residual: Tensor | None,
     kernel_shape: KernelShape,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
+    stride: Sides = 1,
+    padding: Sides = 0,
+    dilation: Sides = 1,
     groups: int = 1,
     activation: str = "none",
 ) -> Tensor:
@@ -42,15 +42,18 @@ def bsr_conv2d(
         x: ``[n, c, h, w]``, best in ``torch.channels_last``, which is also the memory format of the result.
         values: with the indices, the matrix that :func:`superblock.ops.convolution.matrix_of` makes of the kernel.
         kernel_shape: ``(out, c / groups, kernel height, kernel width)``.
+        stride, padding, dilation: one number for height and width, or one for each.
 
     Raises:
         MatrixError: shapes, dtypes or devices do not fit.
         ConfigError: an unknown activation.
     """
-    geometry = (kernel_shape, stride, padding, dilation, groups)
-    directly = direct.conv2d(x, (values, crow_indices, col_indices, bias), residual, geometry, activation)
+    given = (kernel_shape, stride, padding, dilation, groups)
+    directly = direct.conv2d(x, (values, crow_indices, col_indices, bias), residual, given, activation)
     if directly is not None:
         return directly
+    stride, padding, dilation = pair_of("stride", stride), pair_of("padding", padding), pair_of("dilation", dilation)
+    geometry = (kernel_shape, stride, padding, dilation, groups)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -14,6 +14,7 @@ from superblock.errors import MatrixError
 
 KernelShape = Sequence[int]  # out, channels a group, height, width
 Pair = tuple[int, int]
+Sides = int | Pair  # As the caller may say it.
 Geometry = tuple[KernelShape, Pair, Pair, Pair, int]  # Kernel, stride, padding, dilation, groups.
 MOST = 2**31 - 1  # Of any size: no sum or product of two of them leaves 64 bits.
 
@@ -45,6 +46,21 @@ def dense_kernel(values: Tensor, crow_indices: Tensor, col_indices: Tensor, shap
     return rows.reshape(out, height, width, -1)[..., :channels].permute(0, 3, 1, 2)
 
 
+def pair_of(name: str, sizes: int | Sequence[int]) -> Pair:
+    """A stride, padding or dilation as torch takes it: one number for height and width, or one for each.
+
+    Raises:
+        MatrixError: it is neither.
+    """
+    try:
+        height, width = sizes  # type: ignore[misc]  # The most common first: a call of its own takes 0.1 µs.
+    except (TypeError, ValueError):
+        if isinstance(sizes, int):
+            return sizes, sizes
+        raise MatrixError(f"{name} must be a number, or two for height and width, got {sizes!r}") from None
+    return height, width
+
+
 def output_size(
     size: Sequence[int],
     kernel: Sequence[int],
@@ -63,7 +79,7 @@ def output_size(
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        if len(sides) != 2 or min(sides) < least:
+        if len(sides) != 2 or not all(isinstance(side, int) for side in sides) or min(sides) < least:
             raise MatrixError(f"{name} must be two numbers of at least {least}, got {tuple(sides)}")
         if max(sides) > MOST:
             raise MatrixError(f"{name} must be two numbers of at most {MOST}, got {tuple(sides)}")

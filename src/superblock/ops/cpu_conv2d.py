@@ -13,7 +13,7 @@ from torch import Tensor, get_num_threads
 from superblock.errors import MatrixError
 from superblock.ops import native
 from superblock.ops.arguments import check, check_data, residual_rows
-from superblock.ops.convolution import Geometry, KernelShape, Pair, channels_last, output_size, row_length
+from superblock.ops.convolution import Geometry, KernelShape, Sides, channels_last, output_size, pair_of, row_length
 from superblock.ops.native import pack_rows, pack_step
 from superblock.ops.prepared import Prepared, prepare
 
@@ -39,9 +39,9 @@ def conv2d(
     bias: Tensor | None,
     residual: Tensor | None,
     kernel_shape: KernelShape,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
+    stride: Sides = 1,
+    padding: Sides = 0,
+    dilation: Sides = 1,
     groups: int = 1,
     activation: str = "none",
 ) -> Tensor:
@@ -49,7 +49,9 @@ def conv2d(
 
     The arguments are those of :func:`superblock.ops.conv2d.bsr_conv2d`.
     """
-    geometry: Geometry = tuple(kernel_shape), _pair(stride), _pair(padding), _pair(dilation), groups
+    # As tuples, which nobody changes: the dispatcher hands lists on.
+    sides = pair_of("stride", stride), pair_of("padding", padding), pair_of("dilation", dilation)
+    geometry: Geometry = tuple(kernel_shape), *sides, groups
     x, windows = _images_and_windows(x, (values, crow_indices, col_indices, bias), geometry, activation)
     y = channels_last(windows.size, x)
     rows, _kept = _rows_of(x, y, residual, windows)
@@ -126,12 +128,6 @@ def window_of(
     return native.Window(
         *kernel, *stride, *padding, *dilation, *x.shape[2:], *out_size, by_image, by_row, by_pixel, channels
     )
-
-
-def _pair(sizes: Sequence[int]) -> Pair:
-    """What nobody changes: the dispatcher hands lists on."""
-    height, width = sizes
-    return height, width
 
 
 def _windows_of(prepared: Prepared, x: Tensor, geometry: Geometry, made_of: tuple[object, ...]) -> Windows:

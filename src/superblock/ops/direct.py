@@ -21,7 +21,7 @@ from torch.compiler import is_dynamo_compiling
 from superblock.errors import BackendError
 from superblock.ops import cpu, cpu_conv2d
 from superblock.ops.arguments import Norm, Weight
-from superblock.ops.convolution import Geometry
+from superblock.ops.convolution import KernelShape, Sides
 from superblock.ops.native import ACTIVATIONS
 from superblock.ops.prepared import prepare
 
@@ -77,7 +77,7 @@ def conv2d(
     x: Tensor,
     weight: tuple[Tensor, Tensor, Tensor, Tensor | None],
     residual: Tensor | None,
-    geometry: Geometry,
+    geometry: tuple[KernelShape, Sides, Sides, Sides, int],
     activation: str,
 ) -> Tensor | None:
     """:func:`superblock.ops.cpu_conv2d.conv2d`, or ``None``, as above."""
