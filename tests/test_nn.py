@@ -217,6 +217,49 @@ def test_attention_masks(mask: str, need_weights: bool) -> None:
     torch.testing.assert_close(sparse(x, x, x, need_weights=need_weights, **options)[0], expected[0])
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"is_causal": True},
+            ModelError,
+            "is_causal only says what attn_mask holds, and there is none: pass attn_mask",
+        ),
+        ({"attn_mask": torch.ones(5, 5).int()}, MatrixError, "attn_mask must be of torch.bool or, .* got torch.int32"),
+        ({"attn_mask": torch.ones(5, 5).double()}, MatrixError, "of torch.float32, got torch.float64"),
+        ({"attn_mask": torch.zeros(5, 4)}, MatrixError, r"attn_mask must be \(5, 5\) or \(12, 5, 5\), got \(5, 4\)"),
+        ({"attn_mask": torch.zeros(1, 1, 5, 5)}, MatrixError, r"attn_mask must be .* got \(1, 1, 5, 5\)"),
+        ({"key_padding_mask": torch.zeros(3, 5).long()}, MatrixError, "key_padding_mask must be of torch.bool or"),
+        ({"key_padding_mask": torch.zeros(1, 5)}, MatrixError, r"key_padding_mask must be \(3, 5\), got \(1, 5\)"),
+        ({"key": torch.randn(1, 5, 16), "value": torch.randn(1, 5, 16)}, MatrixError, "must have the batch of query"),
+        ({"value": torch.randn(3, 4, 16)}, MatrixError, "as many tokens each, got"),
+        ({"key": torch.randn(5, 16)}, MatrixError, "must have 3 dimensions, or 2 without a batch, got 3, 2 and 3"),
+        ({"query": torch.randn(16)}, MatrixError, "must have 3 dimensions, or 2 without a batch, got 1, 3 and 3"),
+    ],
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_refuses_what_the_original_does(
+    changes: dict[str, Any], error: type[Exception], message: str, batch_first: bool
+) -> None:
+    dense, sparse = attention_pair(batch_first)
+    arguments = {name: torch.randn(3, 5, 16) for name in ("query", "key", "value")} | changes
+    if not batch_first:
+        for name in ("query", "key", "value"):
+            arguments[name] = arguments[name].transpose(0, 1) if arguments[name].dim() == 3 else arguments[name]
+    with pytest.raises(error, match=message):
+        sparse(**arguments)
+    with pytest.raises((RuntimeError, AssertionError)):
+        dense(**arguments)
+
+
+def test_attention_takes_masks_of_float32_under_autocast() -> None:
+    dense, sparse = attention_pair(True)
+    x, mask = torch.randn(3, 5, 16), torch.randn(5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = sparse(x, x, x, attn_mask=mask, need_weights=False)[0]
+        torch.testing.assert_close(got, dense(x, x, x, attn_mask=mask, need_weights=False)[0], rtol=0.05, atol=0.05)
+
+
 def test_one_product_serves_all_that_is_projected_from_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     _, sparse = attention_pair(True)
     calls: list[int] = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import superblock.ops.normalized  # noqa: F401  Registers the op.
 from superblock.bsr import BSRMatrix, dense_of
-from superblock.errors import ModelError
+from superblock.errors import MatrixError, ModelError
 from superblock.ops.arguments import Norm as Norm
 from superblock.ops.attention import attention, check_heads
 from superblock.ops.conv2d import bsr_conv2d
@@ -346,8 +346,11 @@ class BSRMultiheadAttention(nn.Module):
         norm: Norm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         batched = query.dim() == 3
+        self._check(query, key, value)
+        if is_causal and attn_mask is None:
+            raise ModelError("is_causal only says what attn_mask holds, and there is none: pass attn_mask too")
         q, k, v = (self._batch_first(part, batched) for part in self._project(query, key, value, norm))
-        mask = self._mask(attn_mask, key_padding_mask, q.dtype, batched, len(q))
+        mask = self._mask(attn_mask, key_padding_mask, q, k.shape[1], batched)
         dropout = self.dropout if self.training else 0.0
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
         weights = None
@@ -364,6 +367,16 @@ class BSRMultiheadAttention(nn.Module):
         if not batched:
             return out.squeeze(0), weights
         return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """As the original: what does not fit together is refused, not broadcast."""
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            dimensions = f"{query.dim()}, {key.dim()} and {value.dim()}"
+            raise MatrixError(f"query, key and value must have 3 dimensions, or 2 without a batch, got {dimensions}")
+        batch = slice(0, query.dim() - 2) if self.batch_first else slice(1, query.dim() - 1)
+        if key.shape[:-1] != value.shape[:-1] or key.shape[batch] != query.shape[batch]:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+            raise MatrixError(f"key and value must have the batch of query, and as many tokens each, got {shapes}")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all that is projected from the same tensor."""
@@ -395,13 +408,16 @@ class BSRMultiheadAttention(nn.Module):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _mask(
-        self, attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype, batched: bool, batch: int
+        self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, keys: int, batched: bool
     ) -> Tensor | None:
-        """Both masks as one additive ``[n or 1, heads or 1, l, s]``, or ``None``."""
-        masks = []
+        """Both masks as one additive ``[n or 1, heads or 1, l, s]``, or ``None``; ``q [n, l, e]``."""
+        batch, queries, _ = q.shape
+        dtype, masks = q.dtype, []
         if attn_mask is not None:
+            _check_mask("attn_mask", attn_mask, dtype, (queries, keys), (batch * self.num_heads, queries, keys))
             masks.append(attn_mask.unflatten(0, (batch, self.num_heads)) if attn_mask.dim() == 3 else attn_mask)
         if padding is not None:
+            _check_mask("key_padding_mask", padding, dtype, (batch, keys) if batched else (keys,))
             masks.append((padding if batched else padding.unsqueeze(0))[:, None, None, :])
         additive = [
             torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
@@ -413,3 +429,10 @@ class BSRMultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, batch_first={self.batch_first}"
+
+
+def _check_mask(name: str, mask: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
+    if mask.dtype not in (torch.bool, torch.float32, dtype):  # float32 also under autocast.
+        raise MatrixError(f"{name} must be of torch.bool or, to be added, of {dtype}, got {mask.dtype}")
+    if mask.shape not in shapes:
+        raise MatrixError(f"{name} must be {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
