@@ -12,7 +12,7 @@ from torch import Tensor
 import superblock.feed_forward
 import superblock.self_attention  # noqa: F401  Both register their ops.
 from superblock import BSRMatrix, bsr_linear
-from superblock.errors import MatrixError
+from superblock.errors import ConfigError, MatrixError
 from superblock.ops.conv2d import bsr_conv2d
 
 ops = torch.ops.superblock
@@ -111,6 +111,44 @@ def test_every_op_takes_tensors_of_one_device_alone(op: str) -> None:
     for name in names_of(op) if len(names_of(op)) > 1 else ():
         with pytest.raises(MatrixError, match=f"{op} takes tensors of one device, got cpu and meta"):
             call(op, {name: arguments(op)[name].to("meta")})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_arguments_that_mean_nothing_are_refused(op: str, device: str) -> None:
+    known = arguments(op)
+    told = {
+        **{name: (torch.tensor(1.0), f"{name} must be of at least one dimension") for name in ("x", "grad", "z")},
+        **{name: (torch.ones(16, 8), "values must be") for name in ("values", "values1", "values2")},
+        "activation": ("tanh", "activation must be one of none, relu, gelu, gelu_tanh, silu, got 'tanh'"),
+        "kernel_shape": (
+            (8, 8, 3),
+            r"kernel_shape must be \(out, channels / groups, height, width\), all at least 1, got",
+        ),
+        "stride": ((2**31, 1), "stride must be two numbers of at most"),
+        "padding": ((0, 0, 0), "padding must be two numbers of at least 0"),
+        "dilation": ((0, 1), "dilation must be two numbers of at least 1"),
+        "epsilon": (None, "norm_weight and norm_bias take effect with an epsilon, got none"),
+        "num_heads": (0, "num_heads must be at least 1"),
+        **{name: (0, f"{name} must be at least 1, got 0") for name in ("groups", "block_height", "block_width")},
+        **{name: (-8, f"{name} must be at least 1, got -8") for name in known if name.endswith("_features")},
+    }
+    if op == "bsr_linear_normalized":
+        del told["epsilon"]  # Which its schema asks for.
+    on = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in known.items()}
+    for name in told.keys() & known.keys():
+        bad, message = told[name]
+        with pytest.raises((MatrixError, ConfigError), match=message):
+            call(op, {**on, name: bad.to(device) if isinstance(bad, Tensor) else bad})
+    for name in {"x", "grad", "z"} & known.keys():
+        with pytest.raises(MatrixError, match=f"{name} must be of a floating dtype, got torch.int32"):
+            call(op, {**on, name: on[name].int()})
+
+
+def test_attention_over_no_features_is_refused() -> None:
+    empty = torch.ones(1, 2, 5, 0)
+    with pytest.raises(MatrixError, match="d a multiple of 8"):
+        ops.attention(empty, empty, empty)
 
 
 @needs_core

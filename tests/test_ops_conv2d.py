@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], error: type[Excep
 @pytest.mark.parametrize("graded", [False, True])
 def test_a_kernel_without_places_is_refused(kernel: tuple[int, int], graded: bool) -> None:
     x, indices = torch.randn(2, 8, 9, 9, requires_grad=graded), (torch.zeros(2).int(), torch.zeros(0).int())
-    with pytest.raises(MatrixError, match="kernel must be two numbers of at least 1"):
+    with pytest.raises(MatrixError, match="kernel_shape must be"):
         bsr_conv2d(x, torch.zeros(0, 8, 8), *indices, None, None, (8, 8, *kernel))
 
 
@@ -231,6 +231,16 @@ def test_results_can_be_changed_in_place(kernel: int) -> None:
     gradient, x.grad = x.grad, None
     F.relu(F.conv2d(x, weight, padding=1)).sum().backward()
     torch.testing.assert_close(gradient, x.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_kernel_of_other_than_four_sizes_is_refused(graded: bool) -> None:
+    tensors, _, geometry = case_of(CASES[0], torch.float32)
+    with (
+        torch.set_grad_enabled(graded),
+        pytest.raises(MatrixError, match=r"kernel_shape must be \(out, .* got \(30, 20\)"),
+    ):
+        bsr_conv2d(**tensors, residual=None, kernel_shape=(30, 20), **geometry)
 
 
 @pytest.mark.parametrize("graded", [False, True])
@@ -261,10 +271,11 @@ def test_all_but_one_or_two_numbers_are_refused(name: str, sizes: Any, graded: b
 @pytest.mark.parametrize("stride", [(4, 1), (3, 50), (5000, 5000), (2**31 - 1, 2**31 - 1)])
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("padding", [(0, 0), (1, 2), (9, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_pixels_between_wide_steps_have_no_gradient(
-    stride: tuple[int, int], dilation: int, padding: tuple[int, int]
+    stride: tuple[int, int], dilation: int, padding: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    dense, x = torch.randn(16, 8, 3, 2), torch.randn(2, 8, 9, 7, requires_grad=True)
+    dense, x = torch.randn(16, 8, 3, 2, dtype=dtype), torch.randn(2, 8, 9, 7, dtype=dtype, requires_grad=True)
     matrix = matrix_of(dense, 8)
     step = tuple(min(one, 30) for one in stride)  # All the same to images of this size.
     y = F.conv2d(x, dense, None, step, padding, dilation)

@@ -149,10 +149,15 @@ def dense_of(values: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: t
     return blocks.transpose(1, 2).reshape(rows * bh, cols * bw)[: shape[0], : shape[1]]
 
 
-def check_layout(crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
-    """Raise :class:`MatrixError` unless ranks, sizes, dtypes and devices fit; reads no tensor's contents."""
+def check_blocks(values: Tensor) -> None:
+    """Raise :class:`MatrixError` unless values are those of blocks."""
     if values.dim() != 3 or min(values.shape[1:]) < 1:
         raise MatrixError(f"values must be [nnz, block height, block width], got shape {tuple(values.shape)}")
+
+
+def check_layout(crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
+    """Raise :class:`MatrixError` unless ranks, sizes, dtypes and devices fit; reads no tensor's contents."""
+    check_blocks(values)
     if min(shape) < 1:
         raise MatrixError(f"shape must be at least 1 × 1, got {shape[0]} × {shape[1]}")
     rows, _ = block_grid(shape, (values.shape[1], values.shape[2]))

@@ -39,7 +39,7 @@ def _supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
         q.device.type == "cpu"
         and q.dtype in native.DTYPES
         and q.dtype == k.dtype == v.dtype
-        and q.shape[-1] % MULTIPLE == 0
+        and q.shape[-1] % MULTIPLE == 0 < q.shape[-1]
         and q.shape[-1] == k.shape[-1] == v.shape[-1]
         and k.shape[-2] > 0
     )
@@ -71,5 +71,4 @@ def _fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(batch, queries, heads, features).transpose(1, 2)
 
 
-library._lib.impl("attention", _compute, "CPU")
-library.register_fake("attention", _fake)
+library.implement("attention", _compute, _fake)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from superblock.errors import ConfigError, MatrixError
+from superblock.errors import MatrixError
 from superblock.ops import conv2d_gradients, direct, library, reference  # noqa: F401  The gradients are ops.
 from superblock.ops.backends import select
-from superblock.ops.convolution import KernelShape, Pair, Sides, channels_last, output_size, pair_of
+from superblock.ops.checks import check_activation, check_floating
+from superblock.ops.convolution import KernelShape, Pair, Sides, channels_last, check_kernel_shape, output_size, pair_of
 
 _ops = torch.ops.superblock
 
@@ -101,13 +102,12 @@ def _check(
     groups: int,
     activation: str,
 ) -> None:
+    check_kernel_shape(kernel_shape)
     out, channels, *kernel = kernel_shape
-    if activation not in library.ACTIVATIONS:
-        raise ConfigError(f"activation must be one of {', '.join(library.ACTIVATIONS)}, got {activation!r}")
+    check_activation(activation)
     if x.dim() != 4 or x.shape[1] != channels * groups:
         raise MatrixError(f"x must be [n, {channels * groups}, h, w], got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise MatrixError(f"x must be of a floating dtype, got {x.dtype}")
+    check_floating("x", x)
     size = output_size(x.shape[2:], kernel, stride, padding, dilation)
     if min(size) < 1:
         raise MatrixError(

@@ -28,8 +28,12 @@ library._lib.define(
 
 
 def _grad_input(grad: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    crow, col, kernel_shape, size, stride, padding, *others = rest
+    # No step leads further than past the image; torch takes its time over one that does.
+    stride = [min(step, side + 2 * pad) for step, side, pad in zip(stride, size, padding, strict=True)]
     backend = select(grad.device.type, grad.dtype, values.shape[1], values.shape[2])
-    dx: Tensor = getattr(backend, "conv2d_grad_input", reference.conv2d_grad_input)(grad, values, *rest)
+    compute: Any = getattr(backend, "conv2d_grad_input", reference.conv2d_grad_input)
+    dx: Tensor = compute(grad, values, crow, col, kernel_shape, size, stride, padding, *others)
     return dx
 
 

@@ -32,9 +32,19 @@ def matrix_of(kernel: Tensor, blocksize: int | tuple[int, int]) -> BSRMatrix:
     return BSRMatrix.from_dense(positions.reshape(out, length), blocksize)
 
 
+def check_kernel_shape(shape: KernelShape) -> None:
+    """Raise :class:`MatrixError` unless there are four sizes of at least 1."""
+    if len(shape) != 4 or not all(isinstance(size, int) for size in shape) or min(shape) < 1:
+        raise MatrixError(f"kernel_shape must be (out, channels / groups, height, width), all at least 1, got {shape}")
+
+
 def row_length(shape: KernelShape, block_width: int) -> int:
     """``kh · kw · c'``: ``c'`` is ``c`` rounded up to whole blocks, so that no block spans two kernel positions."""
-    _, channels, height, width = shape
+    try:
+        _, channels, height, width = shape
+    except ValueError:
+        check_kernel_shape(shape)
+        raise
     positions = height * width
     return channels if positions == 1 else positions * math.ceil(channels / block_width) * block_width
 
@@ -61,6 +71,14 @@ def pair_of(name: str, sizes: int | Sequence[int]) -> Pair:
     return height, width
 
 
+def check_sides(name: str, sides: Sequence[int], least: int) -> None:
+    """Raise :class:`MatrixError` unless there are two numbers that a convolution can have."""
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides) or min(sides) < least:
+        raise MatrixError(f"{name} must be two numbers of at least {least}, got {tuple(sides)}")
+    if max(sides) > MOST:
+        raise MatrixError(f"{name} must be two numbers of at most {MOST}, got {tuple(sides)}")
+
+
 def output_size(
     size: Sequence[int],
     kernel: Sequence[int],
@@ -79,10 +97,7 @@ def output_size(
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        if len(sides) != 2 or not all(isinstance(side, int) for side in sides) or min(sides) < least:
-            raise MatrixError(f"{name} must be two numbers of at least {least}, got {tuple(sides)}")
-        if max(sides) > MOST:
-            raise MatrixError(f"{name} must be two numbers of at most {MOST}, got {tuple(sides)}")
+        check_sides(name, sides, least)
     height, width = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
     return height, width
 

@@ -21,8 +21,8 @@ from torch.compiler import is_dynamo_compiling
 from superblock.errors import BackendError
 from superblock.ops import cpu, cpu_conv2d
 from superblock.ops.arguments import Norm, Weight
+from superblock.ops.checks import ACTIVATIONS
 from superblock.ops.convolution import KernelShape, Sides
-from superblock.ops.native import ACTIVATIONS
 from superblock.ops.prepared import prepare
 
 _peek_interpreter_stack = _functorch.peek_interpreter_stack

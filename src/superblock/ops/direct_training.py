@@ -12,8 +12,8 @@ from torch.nn import Parameter
 from superblock.errors import BackendError
 from superblock.ops import cpu, feed_forward_training
 from superblock.ops.arguments import Weight
+from superblock.ops.checks import ACTIVATIONS
 from superblock.ops.direct import is_read_as_it_lies, is_seen_by_nobody
-from superblock.ops.native import ACTIVATIONS
 
 _PLAIN = (Tensor, Parameter)
 

@@ -192,8 +192,7 @@ def _register() -> None:
         ("bsr_grad_values_activated", _grad_values, _grad_values_fake),
         ("bias_gradient", _bias_gradient, _bias_gradient_fake),
     ):
-        _lib.impl(name, compute, "CPU")
-        library.register_fake(name, fake)
+        library.implement(name, compute, fake)
     torch.library.register_autograd(
         "superblock::feed_forward_with_preactivation", gradients, setup_context=keep, lib=_lib
     )

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from superblock.bsr import BSRMatrix
-from superblock.errors import BackendError, ConfigError, MatrixError
+from superblock.errors import BackendError, MatrixError
 from superblock.ops import direct
 from superblock.ops.backends import select
+from superblock.ops.checks import ACTIVATIONS as ACTIVATIONS
+from superblock.ops.checks import check_activation, check_floating, check_for
 from superblock.ops.layout import feature_major
-
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 _lib = torch.library.Library("superblock", "DEF")
 _WEIGHT = "Tensor values, Tensor crow_indices, Tensor col_indices"
@@ -110,12 +110,10 @@ def graded(*tensors: Tensor | None) -> bool:
 def _check(
     x: Tensor, values: Tensor, bias: Tensor | None, residual: Tensor | None, shape: tuple[int, int], activation: str
 ) -> None:
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_activation(activation)
     if x.dim() == 0 or x.shape[-1] != shape[1]:
         raise MatrixError(f"x must be [..., {shape[1]}] for a weight of shape {tuple(shape)}, got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise MatrixError(f"x must be of a floating dtype, got {x.dtype}")
+    check_floating("x", x)
     if bias is not None and bias.shape != (shape[0],):
         raise MatrixError(f"bias must be [{shape[0]}] for a weight of shape {tuple(shape)}, got {tuple(bias.shape)}")
     if residual is not None and residual.shape != (*x.shape[:-1], shape[0]):
@@ -324,15 +322,25 @@ def _activation_gradient_fake(grad: Tensor, z: Tensor, activation: str) -> tuple
     return torch.empty_like(z, memory_format=torch.contiguous_format), z.new_empty(z.shape[-1])
 
 
-def register_fake(name: str, fake: Callable[..., Any]) -> None:
-    """The shape of what an op computes, which is all that torch asks for where one of the tensors is on ``meta``."""
+def implement(name: str, compute: Callable[..., Any], fake: Callable[..., Any], key: str = "CPU") -> None:
+    """What an op computes for a dispatch key, and the shape of that: all that torch asks for where a tensor is on meta.
+
+    Both see only arguments that mean something.
+    """
+    check = check_for(getattr(_ops, name).default._schema)
+
+    def result(*arguments: Any) -> Any:
+        check(arguments)
+        return compute(*arguments)
 
     def shape(*arguments: Any) -> Any:
         devices = sorted({str(each.device) for each in arguments if isinstance(each, Tensor)})
         if len(devices) > 1:  # What the others ask for would be returned as memory that nothing has written.
             raise MatrixError(f"{name} takes tensors of one device, got {' and '.join(devices)}")
+        check(arguments)
         return fake(*arguments)
 
+    _lib.impl(name, result, key)
     torch.library.register_fake(f"superblock::{name}", shape, lib=_lib)
 
 
@@ -344,14 +352,13 @@ def register(
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> None:
     """An op that the library defines: what it computes, the shape of that, and its gradients."""
-    _lib.impl(name, compute, "CompositeExplicitAutograd")
-    register_fake(name, fake)
+    implement(name, compute, fake, "CompositeExplicitAutograd")
     torch.library.register_autograd(f"superblock::{name}", backward, setup_context=context, lib=_lib)
 
 
 def _register() -> None:
-    _lib.impl("activation_gradient", _activation_and_bias_gradients, "CompositeExplicitAutograd")
-    register_fake("activation_gradient", _activation_gradient_fake)
+    key = "CompositeExplicitAutograd"
+    implement("activation_gradient", _activation_and_bias_gradients, _activation_gradient_fake, key)
     rows = (
         ("bsr_linear", _linear, _linear_fake, _linear_context, _linear_backward),
         (

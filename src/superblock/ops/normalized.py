@@ -45,5 +45,4 @@ def _fake(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[-3])
 
 
-library._lib.impl("bsr_linear_normalized", _compute, "CPU")
-library.register_fake("bsr_linear_normalized", _fake)
+library.implement("bsr_linear_normalized", _compute, _fake)

@@ -64,5 +64,4 @@ def _fake(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-library._lib.impl("self_attention", _compute, "CPU")
-library.register_fake("self_attention", _fake)
+library.implement("self_attention", _compute, _fake)
