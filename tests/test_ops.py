@@ -222,3 +222,23 @@ def _arguments() -> dict[str, object]:
 def test_what_does_not_fit_is_refused(changes: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         bsr_linear(**{**_arguments(), **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_all_but_dense_tensors_and_block_sparse_weights_are_refused(inference: bool) -> None:
+    known = _arguments()
+    x, weight = torch.randn(3, 20), known["weight"]
+    assert isinstance(weight, BSRMatrix)
+    others = [x.to_sparse(), x.to_sparse_csr(), torch.nested.nested_tensor([x, x[:2]])]
+    others += [x.to_mkldnn()] if torch.backends.mkldnn.is_available() else []
+    with torch.inference_mode(inference):
+        for other in others:
+            with pytest.raises(MatrixError, match=r"x must be a plain, dense tensor, got (a nested one|one of layout)"):
+                bsr_linear(other, weight)
+        with pytest.raises(
+            MatrixError, match=r"weight must be a BSRMatrix, as BSRMatrix\.from_dense makes it, got a Tensor"
+        ):
+            bsr_linear(x, weight.to_dense())  # type: ignore[arg-type]
+        for activation in ("", []):
+            with pytest.raises(ConfigError, match="activation must be one of none, relu, gelu, gelu_tanh, silu, got"):
+                bsr_linear(x, weight, activation=activation)  # type: ignore[arg-type]

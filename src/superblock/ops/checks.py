@@ -21,8 +21,11 @@ def check_activation(activation: str) -> None:
         raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise :class:`MatrixError` unless a tensor can be multiplied by floating values."""
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise :class:`MatrixError` unless a tensor has strides, and elements that floating values can multiply."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise MatrixError(f"{name} must be a plain, dense tensor, got {kind}: convert it first")
     if not tensor.is_floating_point():
         raise MatrixError(f"{name} must be of a floating dtype, got {tensor.dtype}")
 
@@ -45,8 +48,8 @@ def check_for(schema: torch.FunctionSchema) -> Callable[[Sequence[Any]], None]:
             tensor = arguments[place]
             if not tensor.dim():
                 raise MatrixError(f"{names[place]} must be of at least one dimension, got a single number")
-            if not tensor.is_floating_point():
-                check_floating(names[place], tensor)
+            if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+                check_dense(names[place], tensor)
         for place in blocks:
             values = arguments[place]
             if values.dim() != 3 or 0 in values.shape:

@@ -12,7 +12,7 @@ from torch import Tensor
 from superblock.errors import MatrixError
 from superblock.ops import conv2d_gradients, direct, library, reference  # noqa: F401  The gradients are ops.
 from superblock.ops.backends import select
-from superblock.ops.checks import check_activation, check_floating
+from superblock.ops.checks import check_activation, check_dense
 from superblock.ops.convolution import KernelShape, Pair, Sides, channels_last, check_kernel_shape, output_size, pair_of
 
 _ops = torch.ops.superblock
@@ -105,9 +105,9 @@ def _check(
     check_kernel_shape(kernel_shape)
     out, channels, *kernel = kernel_shape
     check_activation(activation)
+    check_dense("x", x)
     if x.dim() != 4 or x.shape[1] != channels * groups:
         raise MatrixError(f"x must be [n, {channels * groups}, h, w], got {tuple(x.shape)}")
-    check_floating("x", x)
     size = output_size(x.shape[2:], kernel, stride, padding, dilation)
     if min(size) < 1:
         raise MatrixError(

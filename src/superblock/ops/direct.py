@@ -18,7 +18,6 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from superblock.errors import BackendError
 from superblock.ops import cpu, cpu_conv2d
 from superblock.ops.arguments import Norm, Weight
 from superblock.ops.checks import ACTIVATIONS
@@ -45,10 +44,9 @@ def product(
     if activation not in ACTIVATIONS or is_grad_enabled() or not is_seen_by_nobody(x):  # Without a call for both.
         return None
     try:
-        prepared = prepare(values, crow_indices, col_indices, bias, shape, activation)
-    except BackendError:  # Another backend takes it, or the long way says what is wrong.
+        return cpu.multiply(x, prepare(values, crow_indices, col_indices, bias, shape, activation))
+    except RuntimeError:  # Another backend takes it, or the long way says what is wrong.
         return None
-    return cpu.multiply(x, prepared)
 
 
 def feed_forward(
@@ -59,7 +57,7 @@ def feed_forward(
         return None
     try:
         return cpu.feed_forward(x, first, activation, second, residual, norm)
-    except BackendError:
+    except RuntimeError:
         return None
 
 
@@ -69,7 +67,7 @@ def self_attention(x: Tensor, norm: Norm | None, first: Weight, second: Weight, 
         return None
     try:
         return cpu.self_attention(x, norm, first, second, num_heads)
-    except BackendError:
+    except RuntimeError:
         return None
 
 
@@ -86,7 +84,7 @@ def conv2d(
     values, crow, col, bias = weight
     try:
         return cpu_conv2d.conv2d(x, values, crow, col, bias, residual, *geometry, activation)
-    except BackendError:
+    except RuntimeError:
         return None
 
 

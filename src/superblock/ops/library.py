@@ -25,7 +25,7 @@ from superblock.errors import BackendError, MatrixError
 from superblock.ops import direct
 from superblock.ops.backends import select
 from superblock.ops.checks import ACTIVATIONS as ACTIVATIONS
-from superblock.ops.checks import check_activation, check_floating, check_for
+from superblock.ops.checks import check_activation, check_dense, check_for
 from superblock.ops.layout import feature_major
 
 _lib = torch.library.Library("superblock", "DEF")
@@ -68,9 +68,12 @@ def bsr_linear(
         MatrixError: shapes, dtypes or devices do not fit.
         ConfigError: an unknown activation.
     """
-    return product(
-        x, weight.values, weight.crow_indices, weight.col_indices, bias, weight.shape, activation or "none", residual
-    )
+    if not isinstance(weight, BSRMatrix):
+        raise MatrixError(
+            f"weight must be a BSRMatrix, as BSRMatrix.from_dense makes it, got a {type(weight).__name__}"
+        )
+    tensors = weight.values, weight.crow_indices, weight.col_indices, bias
+    return product(x, *tensors, weight.shape, "none" if activation is None else activation, residual)
 
 
 def product(
@@ -111,9 +114,9 @@ def _check(
     x: Tensor, values: Tensor, bias: Tensor | None, residual: Tensor | None, shape: tuple[int, int], activation: str
 ) -> None:
     check_activation(activation)
+    check_dense("x", x)
     if x.dim() == 0 or x.shape[-1] != shape[1]:
         raise MatrixError(f"x must be [..., {shape[1]}] for a weight of shape {tuple(shape)}, got {tuple(x.shape)}")
-    check_floating("x", x)
     if bias is not None and bias.shape != (shape[0],):
         raise MatrixError(f"bias must be [{shape[0]}] for a weight of shape {tuple(shape)}, got {tuple(bias.shape)}")
     if residual is not None and residual.shape != (*x.shape[:-1], shape[0]):
