@@ -145,6 +145,16 @@ def test_arguments_that_mean_nothing_are_refused(op: str, device: str) -> None:
             call(op, {**on, name: on[name].int()})
 
 
+@needs_core
+def test_indices_and_values_of_other_dimensions_are_refused() -> None:
+    for op in ("bsr_grad_values", "bsr_conv2d_grad_values"):
+        with pytest.raises(MatrixError, match="col_indices must be 1 entries of int32 or int64"):
+            call(op, {"col_indices": torch.tensor(0)})
+    images, tensors = torch.ones(1, 8, 6, 6), {**weight(8, 72), "values": torch.ones(8, 8)}
+    with torch.inference_mode(), pytest.raises(MatrixError, match=r"values must be \[nnz, bh, bw\] on cpu, got"):
+        bsr_conv2d(images, **tensors, bias=None, residual=None, kernel_shape=(8, 8, 3, 3))
+
+
 def test_attention_over_no_features_is_refused() -> None:
     empty = torch.ones(1, 2, 5, 0)
     with pytest.raises(MatrixError, match="d a multiple of 8"):

@@ -95,7 +95,7 @@ def _images_and_windows(x: Tensor, weight: Values, geometry: Geometry, activatio
     """The images as the core reads them, and all of the convolution but those."""
     values, crow, col, bias = weight
     kernel_shape = geometry[0]
-    shape = kernel_shape[0], row_length(kernel_shape, values.shape[2])
+    shape = kernel_shape[0], row_length(kernel_shape, values.shape[-1])
     prepared = prepare(values, crow, col, bias, shape, activation)
     x = images_of(x)
     made_of = x.shape, x.stride(), x.dtype, x.device, *geometry

@@ -109,7 +109,7 @@ def conv2d_grad_values(
         return reference.conv2d_grad_values(
             grad, x, crow_indices, col_indices, kernel_shape, stride, padding, dilation, groups, *sizes
         )
-    values = grad.new_empty(col_indices.shape[0], block_width, block_height).transpose(1, 2)
+    values = grad.new_empty(col_indices.numel(), block_width, block_height).transpose(1, 2)
     in_features = row_length(kernel_shape, block_width)
     indices = indices_for(values, crow_indices, col_indices, out_channels, in_features)
     x, rows = images_of(x), rows_of(grad.movedim(1, -1), out_channels, grad.dtype)

@@ -18,7 +18,7 @@ def of_values(
 ) -> tuple[ctypes.Structure, Tensor]:
     """``dW = dyᵀ act(x)`` at the stored blocks, feature-major; sizes are ``out, in, bh, bw``."""
     out_features, in_features, block_height, block_width = sizes
-    values = grad.new_empty(col.shape[0], block_width, block_height).transpose(1, 2)
+    values = grad.new_empty(col.numel(), block_width, block_height).transpose(1, 2)
     indices = indices_for(values, crow, col, out_features, in_features)
     grad, x = rows_of(grad, out_features, grad.dtype), rows_of(x, in_features, grad.dtype)
     if len(grad) != len(x):
