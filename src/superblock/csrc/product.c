@@ -122,7 +122,10 @@ static void cut_tiles(product_job *job, int32_t threads) {
     const int64_t tokens = job->product->tokens, bytes = layer->padded_in * layer->packed_size;
     const int64_t weight_bytes = sb_layer_bytes(layer);
     sb_partition *p = &job->partition;
-    const int64_t tile = sb_tile_bytes(layer, weight_bytes, sb_ceil_div(tokens, threads) * bytes);
+    /* Results wider than the tokens had better be written group by group (256 -> 1024, 3136 tokens, bfloat16, blocks of 16 at
+     * 80 %: 0.79 ms, 0.91 strip by strip). */
+    const int64_t widest = sb_max(layer->weight.out_features * layer->packed_size, bytes);
+    const int64_t tile = sb_tile_bytes(layer, weight_bytes, sb_ceil_div(tokens, threads) * widest);
     *p = sb_cut(sb_takes_rows(layer, job->product), tokens, layer->max_group, bytes, tile, layer->rows, threads);
     if (sb_arranges_strips(layer, p->tiles, threads) && p->tiles > 1 && tokens * bytes < sb_min(weight_bytes, tile))
         *p = (sb_partition){.group = p->group,
