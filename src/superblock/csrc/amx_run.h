@@ -290,16 +290,11 @@ static part part_of(const sb_layer *layer, const sb_target *t, int64_t row, int6
     return (part){t->x.features, tile.w, tile.cols, tile.blocks, tile.chunks, column_bytes, t->x.token_stride * 2};
 }
 
-/* Strips that nothing reads, or without blocks, need no tiles. */
-static int needs_no_tiles(const walk *k, const strip *s) {
+static int skips(const walk *k, const strip *s) {
     float acc[SB_ACC_BYTES / sizeof(float)] __attribute__((aligned(64))); /* the walk's still has the last tile's sums */
     int living = 0;
     for (int i = 0; i < k->outputs / s->width; i++) living |= s->parts[i].x != nothing;
-    if (!sb_reads(k->target->reads, s->column, s->outputs)) {
-        sb_layer_clear(k->layer, k->target, s->column, s->outputs, acc);
-        return 1;
-    }
-    return !living && sb_layer_repeat(k->layer, k->target, s->column, s->outputs, acc);
+    return sb_layer_skips(k->layer, k->target, s->column, s->outputs, !living, acc);
 }
 
 static void run(const sb_layer *layer, const sb_target *t, int64_t first, int64_t last, float *acc) {
@@ -319,7 +314,7 @@ static void run(const sb_layer *layer, const sb_target *t, int64_t first, int64_
             s.parts[s.outputs / s.width] = part_of(layer, t, row, offset, s.width, &room);
             s.outputs += s.width;
             if (s.outputs == k.outputs) {
-                if (!needs_no_tiles(&k, &s)) run_strip(&k, &s);
+                if (!skips(&k, &s)) run_strip(&k, &s);
                 s.outputs = 0;
             }
         }

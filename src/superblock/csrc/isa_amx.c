@@ -14,7 +14,6 @@
 #define SB_OWN_ATTENTION
 #include "kernels.h"
 #include "layer.h"
-#include "reads.h"
 #include "simd.h"
 #include "activations.h"
 #include "tile.h"

@@ -297,7 +297,8 @@ void sb_layer_place(const sb_layer *layer, const sb_target *t, int64_t token, in
     e->residual = t->residual ? (const char *)t->residual + (token * t->residual_stride + column) * size : NULL;
 }
 
-void sb_layer_clear(const sb_layer *layer, const sb_target *t, int64_t column, int64_t width, float *acc) {
+/* Zeros to the preactivations, if they are kept. */
+static void clear(const sb_layer *layer, const sb_target *t, int64_t column, int64_t width, float *acc) {
     sb_epilogue e = sb_layer_epilogue(layer, t, column, width);
     if (!t->preactivation || e.columns <= 0) return;
     memset(acc, 0, SB_ACC_BYTES);
@@ -313,7 +314,8 @@ void sb_layer_clear(const sb_layer *layer, const sb_target *t, int64_t column, i
     }
 }
 
-int sb_layer_repeat(const sb_layer *layer, const sb_target *t, int64_t column, int64_t width, float *acc) {
+/* Without blocks it is act(bias) whatever the token: other groups copy the first one's. False: not of this target. */
+static int repeat(const sb_layer *layer, const sb_target *t, int64_t column, int64_t width, float *acc) {
     if (!t->next || t->preactivation || (column | width) % t->next_chunk) return 0;
     sb_epilogue e = sb_layer_epilogue(layer, t, column, width);
     if (e.packed_columns <= 0) return 1;
@@ -327,6 +329,12 @@ int sb_layer_repeat(const sb_layer *layer, const sb_target *t, int64_t column, i
     return 1;
 }
 
+int sb_layer_skips(const sb_layer *layer, const sb_target *t, int64_t column, int64_t width, int empty, float *acc) {
+    if (sb_reads(t->reads, column, width)) return empty && repeat(layer, t, column, width, acc);
+    clear(layer, t, column, width, acc);
+    return 1;
+}
+
 static int is_empty(const strip *s) {
     for (int64_t p = 0; p < s->count; p++)
         if (s->tiles[p].blocks) return 0;
@@ -335,11 +343,7 @@ static int is_empty(const strip *s) {
 
 static void run_strip(const sb_layer *layer, const sb_target *t, strip *s, float *acc) {
     const int64_t size = sb_size_of(layer->dtype), column = s->column;
-    if (!sb_reads(t->reads, column, s->width)) {
-        sb_layer_clear(layer, t, column, s->width, acc);
-        return;
-    }
-    if (is_empty(s) && sb_layer_repeat(layer, t, column, s->width, acc)) return;
+    if (sb_layer_skips(layer, t, column, s->width, is_empty(s), acc)) return;
     sb_epilogue e = sb_layer_epilogue(layer, t, column, s->width);
     if (e.columns <= 0 && e.packed_columns <= 0) return;
     e.acc = acc;

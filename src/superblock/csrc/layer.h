@@ -76,12 +76,9 @@ int64_t sb_group_stride(const sb_target *target, int64_t group);
 /* Whether the kernels walk the layer in their own way, which takes tokens at any distance. */
 int sb_layer_walks(const sb_layer *layer);
 
-/* Zeros to the preactivations, if they are kept, of `width` outputs that nothing reads. */
-void sb_layer_clear(const sb_layer *layer, const sb_target *target, int64_t column, int64_t width, float *acc);
-
-/* Outputs without blocks, for a next product: act(bias) whatever the token, so that other groups copy the first one's. False:
- * not of this target. */
-int sb_layer_repeat(const sb_layer *layer, const sb_target *target, int64_t column, int64_t width, float *acc);
+/* The results of `width` outputs, if they need no multiplying: none of those that nothing reads, and one group's of those
+ * without blocks for a next product. False: they do. */
+int sb_layer_skips(const sb_layer *layer, const sb_target *target, int64_t column, int64_t width, int empty, float *acc);
 
 /* Multiply the packed groups with block rows [first, last). */
 void sb_layer_run(const sb_layer *layer, const sb_target *target, int64_t first, int64_t last, float *acc);
