@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -19,6 +18,7 @@ from superblock.ops.convolution import dense_kernel, pair_of
 from superblock.ops.cpu_conv2d import Turns
 from superblock.ops.layout import feature_major
 from superblock.ops.library import ACTIVATIONS, product
+from superblock.weight_read import WeightRead
 
 
 class BSRWeight(nn.Module):
@@ -60,7 +60,7 @@ class BSRWeight(nn.Module):
     @property
     def weight(self) -> Any:
         """Read by parents that pass a layer's weight to ``F.linear`` themselves, or ask for its device or shape."""
-        return _WeightRead(self)
+        return WeightRead(self)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -97,67 +97,6 @@ def _counted(index: Tensor) -> Tensor:
     """
     with torch.inference_mode(False):
         return index.clone() if index.is_inference() else index
-
-
-class _WeightRead:
-    """What a BSR layer answers when a parent reads ``layer.weight``: a linear one's is good for ``F.linear`` alone.
-
-    Some models (torchvision's Swin) hand a layer's weight to ``F.linear`` instead of calling the layer; others (timm's
-    EdgeNeXt) ask it for its device or shape.
-    """
-
-    def __init__(self, layer: BSRWeight) -> None:
-        self._layer = layer
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self._layer.weight_shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # Python's own protocols.
-            raise AttributeError(name)
-        if name in ("device", "dtype", "requires_grad"):
-            return getattr(self._layer.values, name)
-        raise _UnreadableError(_unreadable(isinstance(self._layer, BSRConv2d), name))
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        every = (*args, *(kwargs or {}).values())
-        convolves = any(isinstance(each, cls) and isinstance(each._layer, BSRConv2d) for each in every)
-        if function is F.linear and not convolves:
-            return _linear_through(*args, **(kwargs or {}))
-        raise ModelError(_unreadable(convolves, getattr(function, "__name__", str(function))))
-
-
-class _UnreadableError(ModelError, AttributeError):
-    """What ``hasattr`` may ask for."""
-
-
-def _unreadable(convolves: bool, reader: str) -> str:
-    if convolves:
-        return f"the weight of a block-sparse convolution cannot be read by {reader}: exclude its layer"
-    return f"a block-sparse weight can only be read by F.linear, not by {reader}: exclude its layer"
-
-
-def _linear_through(input: Tensor, weight: _WeightRead, bias: Tensor | None = None) -> Tensor:
-    layer = weight._layer
-    shape = (layer.out_features, layer.in_features)
-    return product(input, layer.values, layer.crow_indices, layer.col_indices, bias, shape)
 
 
 class BSRLinear(BSRWeight):
