@@ -29,7 +29,7 @@ from superblock.errors import ConfigError
 from superblock.files import check_writable, write_atomically
 from superblock.report import Report, text_table
 from superblock.surgery import apply_supermask
-from superblock.threads import check_threads, use_threads
+from superblock.threads import use_threads
 from superblock.verification import Verification, cast, verify_forms
 from superblock.weights import WeightsFile, open_weights
 
@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = supermask_config(args)
     check_conversion(args, config)
     _check(args)
-    device = resolve_device(args.device)
     use_threads(args.threads)
+    device = resolve_device(args.device)
     torch.manual_seed(args.seed)
     file = open_weights(args.weights_path) if args.weights_path else None
     built = build_model(args.model, file, weights=args.weights, image_size=args.val_crop_size, default=DEFAULT_MODEL)
@@ -114,7 +114,6 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    check_threads(args.threads)
     if args.bfloat16 and args.float16:
         raise ConfigError("--bfloat16 and --float16 exclude each other: give one of them")
     if args.json:
