@@ -62,6 +62,12 @@ def random_weight(
     return (feature_major(values) if packed else values), crow, col.int()
 
 
+def read_features(col: Tensor, features: int, width: int) -> Tensor:
+    """Which of so many features blocks of this width in these columns read."""
+    columns = torch.zeros(-(-features // width), dtype=torch.bool).index_fill_(0, col.long(), True)
+    return columns.repeat_interleave(width)[:features]
+
+
 def before_a_hole(x: Tensor) -> Tensor:
     """A copy of x whose last element ends where the process may read no further."""
     page, bytes_, no_access = mmap.PAGESIZE, x.numel() * x.element_size(), 0

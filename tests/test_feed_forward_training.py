@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from native_cases import DTYPES, Seen, assert_near, isa, needs_core, random_weight
+from native_cases import DTYPES, Seen, assert_near, isa, needs_core, random_weight, read_features
 from test_bsr import blocky
 from torch import nn
 
@@ -54,9 +54,7 @@ def test_forward_and_gradients_match_the_reference(
     leading, in_, hidden, out, first_block, second_block, density, dtype
 ) -> None:
     first, second = chain(in_, hidden, out, first_block, second_block, dtype, density)
-    width = second_block[1]
-    read = torch.zeros(-(-hidden // width), dtype=torch.bool).index_fill_(0, second[2].long(), True)
-    read = read.repeat_interleave(width)[:hidden]
+    read = read_features(second[2], hidden, second_block[1])
     x, residual, grad = (torch.randn(*leading, size).to(dtype) for size in (in_, out, out))
     wide = [(weight[0].double(), *weight[1:3], weight[3].double(), *weight[4:]) for weight in (first, second)]
     index, rows = second[1:3], grad.reshape(-1, out)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from native_cases import DTYPES, assert_near, isa, needs_core, random_weight
+from native_cases import DTYPES, assert_near, isa, needs_core, random_weight, read_features
 
 from superblock.errors import MatrixError
 from superblock.ops import cpu, reference
@@ -70,8 +70,7 @@ def test_hidden_features_that_nothing_reads_are_left_out(tokens, hidden, first_b
     x = torch.randn(tokens, 96).to(dtype)
     inner = reference.linear(x.double(), first[0].double(), *first[1:3], bias.double(), None, hidden, 96, "gelu")
     want = reference.linear(inner, second[0].double(), *second[1:3], None, None, 64, hidden, "none")
-    read = torch.zeros(-(-hidden // second_block[1]), dtype=torch.bool).index_fill_(0, second[2].long(), True)
-    unread = ~read.repeat_interleave(second_block[1])[:hidden]
+    unread = ~read_features(second[2], hidden, second_block[1])
     assert unread.any()
     for spoiled in (False, True):
         if spoiled:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_cases import DTYPES, assert_near, before_a_hole, isa, needs_core, random_weight
+from native_cases import DTYPES, assert_near, before_a_hole, isa, needs_core, random_weight, read_features
 
 from superblock.errors import MatrixError
 from superblock.ops import ACTIVATIONS, cpu, reference
@@ -77,8 +77,7 @@ def test_no_row_past_the_last_is_read(tokens, out, in_, block, dtype) -> None:
 @pytest.mark.parametrize(("out", "in_", "block"), [(64, 500, (16, 16)), (96, 1024, (32, 64)), (40, 330, (8, 24))])
 def test_features_that_no_block_reads_do_not_matter(out, in_, block, dtype) -> None:
     values, crow, col = random_weight(out, in_, block, dtype, density=0.06)
-    read = torch.zeros(-(-in_ // block[1]), dtype=torch.bool).index_fill_(0, col.long(), True)
-    unread = ~read.repeat_interleave(block[1])[:in_]
+    unread = ~read_features(col, in_, block[1])
     assert unread.any()
     x, norm = torch.randn(70, in_).to(dtype), (torch.randn(in_).to(dtype), None, 1e-5)
     normalized = torch.nn.functional.layer_norm(x.double(), (in_,), norm[0].double(), None, norm[2])

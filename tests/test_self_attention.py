@@ -8,6 +8,7 @@ from native_cases import DTYPES, assert_near, isa, needs_core, random_weight
 from torch import Tensor, nn
 
 from superblock import BSRMatrix
+from superblock.bsr import row_indices
 from superblock.errors import MatrixError
 from superblock.nn import BSRLinear, BSRMultiheadAttention
 from superblock.ops import cpu, reference
@@ -84,7 +85,7 @@ def test_heads_that_nothing_reads_are_left_out(features, block, dtype, sequences
     dead[:, [0, 3, 4, 5]] = True  # In units of one head and of two.
     values, crow, col = random_weight(inner, inner, (8, 8), dtype)
     living = ~dead[0].flatten()[col.long() * 8]
-    rows = torch.repeat_interleave(torch.arange(len(crow) - 1), crow.diff())[living]
+    rows = row_indices(crow, len(col))[living]
     crow = torch.cat([crow[:1], torch.bincount(rows, minlength=len(crow) - 1).cumsum(0).int()])
     second = values[living], crow, col[living], None, inner, inner
     torch.set_num_threads(2)
